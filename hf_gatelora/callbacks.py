@@ -1,0 +1,128 @@
+"""`GateAnnealingCallback` drives the gates' schedule in any Hugging Face Trainer."""
+
+import logging
+
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback
+
+from .controller import GateController
+
+logger = logging.getLogger(__name__)
+
+
+class GateAnnealingCallback(TrainerCallback):
+    """Moves the gates' schedule after every optimizer step, freezes them in time, and reports a degenerate end.
+
+    `GatedLoraTrainer` brings its own. On a stock `Trainer` it also adds the penalty to the loss that the model
+    returns, and gives the scores their own optimizer group (own learning rate, no weight decay). What it cannot do
+    there is to resume: that needs `GatedLoraTrainer`.
+
+    Args:
+        gates: the controller, from `attach_gates`.
+        add_penalty: whether the penalty is added here, to `output.loss` of the model's training forward; False where
+            the training code adds `gates.penalty()` itself.
+    """
+
+    def __init__(self, gates: GateController, add_penalty: bool = True):
+        self.gates = gates
+        self.add_penalty = add_penalty
+        self._hook = None
+
+    def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
+        gates = self.gates
+        if gates.steps != state.global_step:
+            raise ValueError(
+                f"The gates are at step {gates.steps}, the run at step {state.global_step}. To resume a run use "
+                "GatedLoraTrainer, which restores the gates; to train again make a new model with new gates."
+            )
+        if gates.total_steps not in (None, state.max_steps):
+            raise ValueError(
+                f"This run was started with max_steps={gates.total_steps} and is resumed with {state.max_steps}: the "
+                "gates' schedule would not be the same. Resume with the same number of steps (epochs, batch size, "
+                "accumulation), or start a new run."
+            )
+        gates.total_steps = state.max_steps
+        check_reach(gates, state.max_steps)
+        if self.add_penalty:
+            separate_scores(gates, optimizer, lr_scheduler)
+            accumulation = args.gradient_accumulation_steps
+            self._hook = gates.model.register_forward_hook(
+                lambda module, inputs, kw, output: self._with_penalty(module, kw, output, accumulation),
+                with_kwargs=True,
+            )
+
+    def _with_penalty(self, module, kwargs, output, accumulation):
+        if not module.training or self.gates.frozen:
+            return None
+        loss = output.get("loss") if isinstance(output, dict) else None
+        if loss is None:
+            raise RuntimeError(
+                f"GateAnnealingCallback adds the gates' penalty to the loss that the model returns, but "
+                f"{type(module.get_base_model()).__name__} returned none. Use GatedLoraTrainer, which "
+                "adds it itself, or add gates.penalty() to your loss and pass add_penalty=False."
+            )
+        # With num_items_in_batch the loss comes scaled for accumulation; otherwise Trainer divides it afterwards.
+        scale = accumulation if kwargs.get("num_items_in_batch") is not None else 1
+        output["loss"] = loss + self.gates.penalty() / scale
+        return output
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.gates.step(min(state.global_step / state.max_steps, 1.0))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if not self.gates.frozen:
+            logger.warning(
+                f"Training ended at step {state.global_step} of {state.max_steps}, before the gates froze: they are "
+                "frozen now, and no step has trained the open blocks alone."
+            )
+            self.gates.freeze()
+
+
+def check_reach(gates: GateController, max_steps: int) -> None:
+    """Check that the search is long enough for a score to come down from `init` to `tau`.
+
+    Adam moves a score by at most about its learning rate per step.
+
+    Raises:
+        ValueError: where a fixed lambda could never close a gate.
+    """
+    config = gates.config
+    search = int((config.freeze_ratio - config.warmup_ratio) * max_steps)
+    reach = search * config.learning_rate
+    if config.target_active is None and config.lambda_ and config.init - config.tau > reach:
+        raise ValueError(
+            f"tau={config.tau} is out of reach: the scores start at init={config.init}, and {search} search steps with "
+            f"learning_rate={config.learning_rate} move them by at most {reach:.3g}. Every gate would end open. Raise "
+            "gate_learning_rate, train longer, or bring init closer to tau."
+        )
+
+
+def separate_scores(gates: GateController, optimizer, lr_scheduler) -> None:
+    """Give the scores their own group in an optimizer that Trainer made: own learning rate, no weight decay.
+
+    Raises:
+        ValueError: where the learning-rate scheduler cannot take another group.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    scores = {id(p): p for p in gates.score_parameters()}
+    holding = [g for g in inner.param_groups if any(id(p) in scores for p in g["params"])]
+    if all(g["weight_decay"] == 0 and all(id(p) in scores for p in g["params"]) for g in holding) and holding:
+        return
+    for group in holding:
+        group["params"] = [p for p in group["params"] if id(p) not in scores]
+    inner.add_param_group({"params": list(scores.values()), "lr": gates.config.learning_rate, "weight_decay": 0.0})
+    if lr_scheduler is None:
+        return
+    if not isinstance(lr_scheduler, LambdaLR):
+        raise ValueError(
+            f"{type(lr_scheduler).__name__} cannot take the scores' group in afterwards. Pass the optimizer yourself: "
+            "Trainer(..., optimizers=(torch.optim.AdamW(gates.param_groups(lr=...)), None))."
+        )
+    factor = lr_scheduler.lr_lambdas[0](lr_scheduler.last_epoch)
+    inner.param_groups[-1]["initial_lr"] = gates.config.learning_rate
+    inner.param_groups[-1]["lr"] = gates.config.learning_rate * factor
+    lr_scheduler.base_lrs.append(gates.config.learning_rate)
+    lr_scheduler.lr_lambdas.append(lr_scheduler.lr_lambdas[0])

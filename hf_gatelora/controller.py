@@ -1,0 +1,606 @@
+"""`attach_gates` puts gates on the LoRA layers of a `PeftModel`; `GateController` is the handle to them."""
+
+import hashlib
+import logging
+import math
+import re
+import types
+import weakref
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from . import gates as maths
+from . import layer as seam
+from .config import GateConfig
+from .export import load_raw, read_state, write_adapter
+
+logger = logging.getLogger(__name__)
+
+CONTROLLER = "gate_controller"  # attribute of the PeftModel
+GATES = "gates"  # child module of the PeftModel: {adapter name: list of gates}
+
+
+def attach_gates(
+    peft_model: PeftModel, config: GateConfig | None = None, adapter_name: str = "default"
+) -> "GateController":
+    """Put a gate on every LoRA block of one adapter, in place.
+
+    Args:
+        peft_model: an ordinary `PeftModel` with LoRA layers, as `get_peft_model` returns it.
+        config: the gates' settings; None takes the defaults.
+        adapter_name: which of the model's adapters.
+
+    Returns:
+        The controller of the gates. `peft_model.save_pretrained` writes stock adapters from now on.
+
+    Raises:
+        TypeError: where the model is no `PeftModel`, the adapter is not LoRA, or a layer cannot be gated.
+        ValueError: where the adapter does not exist or has no LoRA layer, a target pattern, budget, group or cost
+            matches nothing or several, or the model has gates already.
+    """
+    if not isinstance(peft_model, PeftModel):
+        raise TypeError(
+            f"attach_gates needs a PeftModel, found {type(peft_model).__name__}. Make one with "
+            "peft.get_peft_model(model, LoraConfig(...)), and attach the gates before accelerator.prepare."
+        )
+    if adapter_name not in peft_model.peft_config:
+        raise ValueError(f"No adapter {adapter_name!r}: the model has {sorted(peft_model.peft_config)}.")
+    if getattr(peft_model, CONTROLLER, None) is not None:
+        attached = getattr(peft_model, CONTROLLER).adapter_name
+        raise ValueError(f"The model has gates already, on adapter {attached!r}: use that GateController.")
+    layers = seam.lora_layers(peft_model, adapter_name)
+    seam.check_targets(peft_model, peft_model.peft_config[adapter_name])
+    return GateController(peft_model, layers, config or GateConfig(), adapter_name)
+
+
+class GateController:
+    """The gates of one adapter: their scores, penalty, schedule, freeze and export. Made by `attach_gates`.
+
+    `step`, `set_scores`, `freeze`, `save_folded` and every save are collective: all ranks call them. Everything else
+    may be called by any rank alone.
+    """
+
+    def __init__(self, model: PeftModel, layers: dict, config: GateConfig, adapter_name: str):
+        self.model, self.config, self.adapter_name = model, config, adapter_name
+        self._layers = layers
+        self._device = next(iter(layers.values())).lora_A[adapter_name].weight.device
+        self._sizes = {name: self._multiplications(name)[0] for name in layers}
+        self.blocks: dict[str, list[str]] = self._group(list(layers))
+        self.towers: dict[str, list[int]] = self._towers()
+        self._counts = self._budget()
+        self._costs = self._gate_costs()
+        self._fingerprint = self._base_fingerprint()
+
+        gates = nn.ModuleList(maths.Gate(config, self._device) for _ in self.blocks)
+        for gate, members in zip(gates, self.blocks.values(), strict=True):
+            for name in members:
+                seam.install(layers[name], adapter_name, gate)
+        # The gates hang on the PeftModel, outside PEFT's own layers: PEFT takes everything on those for the adapter.
+        model.add_module(GATES, nn.ModuleDict({adapter_name: gates}))
+        setattr(model, CONTROLLER, self)
+
+        self.progress, self.steps, self.total_steps = 0.0, 0, None
+        self.penalty_reads = 0
+        self._open: Tensor | None = None  # boolean mask, once frozen
+        self._scores = self._read_scores().detach()
+        self._lambda = torch.zeros(len(self.towers), device=self._device)
+        self._tower_of = self._tower_index()
+        self._optimizer = None
+        self._own_groups: list[dict] = []
+        self._watch_optimizer()
+
+        model.save_pretrained = types.MethodType(_save_pretrained, model)
+
+    # ---- what is gated ------------------------------------------------------------------------------------------
+
+    def _group(self, modules: list[str]) -> dict[str, list[str]]:
+        granularity = self.config.granularity
+        if granularity == "module":
+            return {name: [name] for name in modules}
+        blocks: dict[str, list[str]] = {}
+        if granularity == "layer":
+            for name in modules:
+                blocks.setdefault(seam.layer_of(self.model, name), []).append(name)
+            return blocks
+        for pattern, members in _partition("granularity", granularity, modules, "LoRA module").items():
+            blocks[pattern] = [modules[i] for i in members]
+        return blocks
+
+    def _towers(self) -> dict[str, list[int]]:
+        names = list(self.blocks)
+        if isinstance(self.config.target_active, dict):
+            return _partition("target_active", list(self.config.target_active), names, "gate")
+        towers: dict[str, list[int]] = {}
+        for i, name in enumerate(names):
+            # A group is named by its regex, so it has no tower of its own.
+            key = name.split(".")[0] if isinstance(self.config.granularity, str) else "all"
+            towers.setdefault(key, []).append(i)
+        return towers
+
+    def _budget(self) -> list[tuple[list[int], int]] | None:
+        target = self.config.target_active
+        if target is None:
+            return None
+        if isinstance(target, dict):
+            return [
+                (members, maths.open_count(target[tower], len(members), f"target_active[{tower!r}]"))
+                for tower, members in self.towers.items()
+            ]
+        everyone = list(range(len(self.blocks)))
+        return [(everyone, maths.open_count(target, len(everyone)))]
+
+    def _gate_costs(self) -> Tensor:
+        cost, names = self.config.cost, self.names
+        if cost == "uniform":
+            costs = [1.0] * len(names)
+        elif cost == "parameters":
+            costs = [float(sum(self._sizes[m] for m in members)) for members in self.blocks.values()]
+        elif cost == "compute":
+            costs = self._compute_costs()
+        else:
+            unknown, missing = sorted(set(cost) - set(names)), [n for n in names if n not in cost]
+            if unknown or missing:
+                raise ValueError(
+                    f"cost must name every gate once: {len(missing)} are missing (first: {missing[:3]}), "
+                    f"{len(unknown)} are unknown (first: {unknown[:3]}). The gates are listed in `names`."
+                )
+            costs = [float(cost[name]) for name in names]
+        return torch.tensor(costs, dtype=torch.float32, device=self._device)
+
+    def _multiplications(self, module: str) -> tuple[int, int]:
+        return seam.multiplications(self._layers[module], self.adapter_name)
+
+    def _compute_costs(self) -> list[float]:
+        # Per token: three products for an adapter's forward and backward, and one for each base layer between the
+        # block and the output of its tower, through which the gradient has to come down.
+        above: dict[str, float] = {}
+        reach: dict[str, float] = {}
+        for name in reversed(self._layers):
+            tower = name.split(".")[0]
+            above[tower] = above.get(tower, 0.0) + self._multiplications(name)[1]
+            reach[name] = above[tower]
+        return [
+            3.0 * sum(self._sizes[m] for m in members) + max(reach[m] for m in members)
+            for members in self.blocks.values()
+        ]
+
+    def _base_fingerprint(self) -> str:
+        """Shapes and first values of the gated base weights: tells one base model from another."""
+        digest = hashlib.sha256()
+        for name, layer in self._layers.items():
+            weight = seam.base_weight(layer).detach()
+            head = weight.flatten()[:8]
+            head = head.float().cpu().tolist() if head.is_floating_point() and not head.is_meta else []
+            digest.update(repr((name, tuple(weight.shape), [f"{v:.3g}" for v in head])).encode())
+        return digest.hexdigest()[:16]
+
+    def _tower_index(self) -> Tensor:
+        index = torch.zeros(len(self.blocks), dtype=torch.long)
+        for t, members in enumerate(self.towers.values()):
+            index[members] = t
+        return index.to(self._device)
+
+    @property
+    def names(self) -> list[str]:
+        """One name per gate, in block order."""
+        return list(self.blocks)
+
+    # ---- scores -------------------------------------------------------------------------------------------------
+
+    @property
+    def _gates(self) -> list[maths.Gate]:
+        return list(getattr(self.model, GATES)[self.adapter_name])
+
+    def score_parameters(self) -> list[nn.Parameter]:
+        """The scores' parameters in block order, each fp32 of shape (1,); empty after the freeze."""
+        return [] if self.frozen else [gate.score for gate in self._gates]
+
+    def _read_scores(self) -> Tensor:
+        return torch.cat([gate.score for gate in self._gates])
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the gates are 0 or 1 for good."""
+        return self._open is not None
+
+    @property
+    def scores(self) -> Tensor:
+        """Scores as of the last `step`, fp32 of shape (N,), on the CPU; after the freeze those of that moment."""
+        return self._scores.cpu().clone()
+
+    @property
+    def gates(self) -> Tensor:
+        """Gate values (without noise), fp32 of shape (N,), on the CPU; 0 or 1 after the freeze."""
+        if self.frozen:
+            return self._open.float()
+        temperature = maths.temperature(self.progress, self.config)
+        return maths.gate_values(self.scores, self.config, temperature, None)
+
+    @property
+    def open_mask(self) -> Tensor:
+        """Boolean mask of the blocks that count as open now, shape (N,), on the CPU."""
+        return self._open.clone() if self.frozen else self.scores >= self.config.tau
+
+    @property
+    def active_fraction(self) -> float:
+        """Open blocks / all blocks."""
+        return self.open_mask.float().mean().item()
+
+    @torch.no_grad()
+    def set_scores(self, values) -> None:
+        """Overwrite all scores.
+
+        Args:
+            values: N finite numbers, in block order.
+
+        Raises:
+            RuntimeError: after the freeze.
+            ValueError: where the number of values is wrong or one is not finite.
+        """
+        if self.frozen:
+            raise RuntimeError("set_scores after the freeze: the gates are 0 or 1 for good.")
+        values = torch.as_tensor(values, dtype=torch.float32).flatten()
+        if len(values) != len(self.blocks) or not values.isfinite().all():
+            raise ValueError(f"set_scores needs {len(self.blocks)} finite values, found {values.tolist()[:4]}...")
+        for gate, value in zip(self._gates, values, strict=True):
+            gate.score.fill_(value)
+        self._refresh()
+
+    # ---- penalty and schedule -----------------------------------------------------------------------------------
+
+    def penalty(self) -> Tensor:
+        """lambda(t) * sum_i c_i |s_i| / sum_i c_i as a scalar with gradient to the scores; 0 after the freeze.
+
+        Its gradient per score is lambda c_i / sum c, whatever the number of micro-batches and ranks. For hard
+        concrete gates the probability of a non-zero gate takes the place of |s_i|.
+        """
+        self.penalty_reads += 1
+        if self.frozen:
+            return torch.zeros((), device=self._device)
+        self._follow_device()
+        terms = maths.penalty_terms(self._read_scores(), self.config)
+        return (self._lambda[self._tower_of] * self._costs * terms).sum() / self._costs.sum()
+
+    def step(self, progress: float) -> None:
+        """Move the schedule to `progress`; call it once after every optimizer step.
+
+        Args:
+            progress: finished steps / all steps, in [0, 1]. At `freeze_ratio` the gates freeze.
+
+        Raises:
+            ValueError: where `progress` is out of [0, 1] or lies before the last one.
+        """
+        if not 0 <= progress <= 1 or progress < self.progress:
+            raise ValueError(
+                f"progress={progress} must be in [0, 1] and not before the last one, {self.progress}: it is "
+                "finished steps / all steps."
+            )
+        self.progress = progress
+        self.steps += 1
+        if self.frozen:
+            return
+        if progress >= self.config.freeze_ratio:
+            self.freeze()
+        else:
+            self._refresh()
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """Bring everything that follows from progress and scores up to date, without a host sync."""
+        gates = self._gates
+        self._follow_device()
+        self._scores = self._read_scores().detach()
+        factor = maths.ramp(self.progress, self.config)
+        if self.config.lambda_ is not None:
+            self._lambda = torch.full_like(self._lambda, self.config.lambda_ * factor)
+        else:
+            is_open = (self._scores >= self.config.tau).float()
+            size = torch.zeros_like(self._lambda).index_add_(0, self._tower_of, torch.ones_like(is_open))
+            fraction = torch.zeros_like(self._lambda).index_add_(0, self._tower_of, is_open) / size
+            if isinstance(self.config.target_active, dict):
+                target = torch.tensor([c for _, c in self._counts], device=self._device) / size
+            else:
+                # One budget for all towers: which tower gives up how much is for the scores to say.
+                fraction = is_open.mean().expand_as(size)
+                target = torch.full_like(size, self._counts[0][1] / len(is_open))
+            self._lambda = factor * maths.steered_lambda(fraction, target, self.progress, self.config)
+        if self.config.kind == "sigmoid":
+            value = maths.temperature(self.progress, self.config)
+            values = [torch.full_like(gates[0].temperature, value)] * len(gates)
+            torch._foreach_copy_([g.temperature for g in gates], values)
+        if self.config.kind == "hard_concrete":
+            noise = maths.step_noise(self.config, self.steps, len(gates)).to(self._device)
+            torch._foreach_copy_([g.noise for g in gates], list(noise.split(1)))
+
+    def _follow_device(self) -> None:
+        """Keep the constants where the scores are: models move after gates are attached."""
+        device = self._gates[0].score.device
+        if device != self._device:
+            self._device = device
+            self._costs, self._lambda = self._costs.to(device), self._lambda.to(device)
+            self._tower_of, self._scores = self._tower_of.to(device), self._scores.to(device)
+
+    # ---- freeze -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Make the gates 0 or 1 for good and take the closed blocks out of the model. Idempotent.
+
+        With a budget exactly the budget's number stays open, the best by `criterion`; otherwise the scores >= tau.
+        Open blocks become stock PEFT LoRA; closed ones lose their parameters and their optimizer state.
+
+        Raises:
+            RuntimeError: where a score is not finite.
+        """
+        if self.frozen:
+            return
+        self._scores = self._read_scores().detach()
+        if not self._scores.isfinite().all():
+            bad = [n for n, s in zip(self.names, self.scores, strict=True) if not math.isfinite(s)]
+            raise RuntimeError(
+                f"Cannot freeze: {len(bad)} scores are not finite (first: {bad[0]}). Lower learning_rate."
+            )
+        if self._counts is None:
+            mask = self.scores >= self.config.tau
+        else:
+            towers, counts = zip(*self._counts, strict=True)
+            mask = maths.select_open(self._ranking(), list(towers), list(counts))
+        self._close(mask)
+        if self.degenerate:
+            logger.warning(self.degenerate)
+
+    def _ranking(self) -> Tensor:
+        if self.config.criterion == "score":
+            return self.scores
+        norms = [
+            math.sqrt(sum(seam.update_norm(self._layers[m], self.adapter_name) for m in members))
+            for members in self.blocks.values()
+        ]
+        return torch.tensor(norms, dtype=torch.float64)
+
+    def _close(self, mask: Tensor) -> None:
+        self._open = mask.clone()
+        removed: list[nn.Parameter] = [gate.score for gate in self._gates]
+        open_modules = []
+        for is_open, members in zip(mask.tolist(), self.blocks.values(), strict=True):
+            for name in members:
+                if is_open:
+                    seam.uninstall(self._layers[name], self.adapter_name)
+                    open_modules.append(name)
+                else:
+                    removed += self._close_module(name, keep=not mask.any() and name == next(iter(self._layers)))
+        if not open_modules:
+            open_modules = [next(iter(self._layers))]
+        seam.narrow_targets(self.model, self.adapter_name, open_modules)
+        delattr(self.model, GATES)
+        self._lambda = torch.zeros_like(self._lambda)
+        self._forget(removed)
+
+    def _close_module(self, name: str, keep: bool) -> list[nn.Parameter]:
+        layer = self._layers[name]
+        if not keep:
+            return seam.remove_adapter(layer, self.adapter_name)
+        # PEFT cannot express an adapter without layers: with nothing open, one block stays, with B = 0 and a gate
+        # that keeps it so.
+        for parameter in layer.lora_B[self.adapter_name].parameters():
+            parameter.zero_()
+        seam.install(layer, self.adapter_name, seam.ConstantGate(self._device))
+        return []
+
+    @property
+    def degenerate(self) -> str | None:
+        """What is wrong with a result in which every gate ended the same way; None where it is not so."""
+        if not self.frozen or 0 < int(self._open.sum()) < len(self._open):
+            return None
+        if self._open.all():
+            return (
+                f"All {len(self._open)} gates ended open: this is plain LoRA. Set target_active, or raise lambda_ or "
+                "the number of search steps."
+            )
+        return (
+            f"All {len(self._open)} gates ended closed: the adapter does nothing (it is written as one block with "
+            "B = 0, because PEFT cannot load an adapter without layers). Set target_active > 0, or lower lambda_."
+        )
+
+    def fold(self) -> PeftModel:
+        """Freeze, and turn the model in place into a plain PEFT LoRA with the open blocks; returns the model."""
+        self.freeze()
+        if not self._open.any():
+            seam.uninstall(self._layers[next(iter(self._layers))], self.adapter_name)
+        seam.unwrap_empty_layers(self.model)
+        del self.model.save_pretrained
+        delattr(self.model, CONTROLLER)
+        return self.model
+
+    def save_folded(self, directory) -> None:
+        """Write a stock PEFT adapter that gives the gated model's outputs; the model stays as it is.
+
+        After the freeze it holds only the open blocks. `gates.json` and `gatelora_state.safetensors` lie beside it.
+        """
+        if PartialState().is_main_process:
+            self._write(directory)
+        PartialState().wait_for_everyone()
+
+    def _write(self, directory, **kwargs) -> None:
+        values = self.gates.tolist()
+        factors = {m: v for members, v in zip(self.blocks.values(), values, strict=True) for m in members}
+        write_adapter(self.model, self.adapter_name, factors, self.state_dict(), self.summary(), directory, **kwargs)
+
+    # ---- optimizer ----------------------------------------------------------------------------------------------
+
+    def param_groups(self, lr: float, weight_decay: float = 0.0) -> list[dict]:
+        """Optimizer groups: LoRA weights and heads with `lr` and `weight_decay`; scores with their own, undecayed.
+
+        A learning-rate schedule multiplies both rates, and gradient clipping counts the scores in.
+        """
+        scores = self.score_parameters()
+        own = {id(p) for p in scores}
+        others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+        return [
+            {"params": others, "lr": lr, "weight_decay": weight_decay},
+            {"params": scores, "lr": self.config.learning_rate, "weight_decay": 0.0},
+        ]
+
+    def _watch_optimizer(self) -> None:
+        # The optimizer whose step updates the scores makes itself known at its first step, so that the freeze can
+        # drop the state of closed blocks from it, whoever created it.
+        controller = weakref.ref(self)
+
+        def notice(optimizer, args, kwargs):
+            gates = controller()
+            if gates is None:
+                handle.remove()
+            elif not gates.frozen and gates.owns(optimizer):
+                gates._optimizer = weakref.ref(optimizer)
+                handle.remove()
+
+        handle = register_optimizer_step_post_hook(notice)
+
+    def owns(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimizer updates the scores."""
+        first = self.score_parameters()[:1]
+        return any(p is first[0] for group in optimizer.param_groups for p in group["params"]) if first else False
+
+    def _forget(self, parameters: list[nn.Parameter]) -> None:
+        gone = {id(p) for p in parameters}
+        for parameter in parameters:
+            parameter.grad = None
+        optimizer = self._optimizer() if self._optimizer is not None else None
+        if optimizer is None:
+            return
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if id(p) not in gone]
+        for parameter in parameters:
+            optimizer.state.pop(parameter, None)
+
+    # ---- state and summary --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict:
+        """What resuming needs besides the model's weights."""
+        return {
+            "scores": self.scores,
+            "open": self._open.clone() if self.frozen else torch.zeros(0, dtype=torch.bool),
+            "progress": torch.tensor(self.progress, dtype=torch.float64),
+            "steps": torch.tensor(self.steps),
+            "total_steps": torch.tensor(self.total_steps or 0),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over a state; a frozen one freezes this model to the same open blocks."""
+        self.progress, self.steps = float(state["progress"]), int(state["steps"])
+        self.total_steps = int(state["total_steps"]) or None
+        self.set_scores(state["scores"])
+        if len(state["open"]):
+            self._close(state["open"].bool())
+
+    def check_resumable(self, directory) -> None:
+        """Check that a checkpoint was written by a run with the same base model, blocks and gate configuration.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        _, _, saved = read_state(directory)
+        here = self.summary()
+        names = [row["name"] for row in saved["blocks"]]
+        if names != self.names:
+            odd = sorted(set(names) ^ set(self.names))
+            raise ValueError(
+                f"{directory} is from another model or LoRA config: it has {len(names)} gates, this model has "
+                f"{len(self.names)} (differing: {odd[:3] or 'only the order'}). Resume with the model, target_modules "
+                "and granularity of that run."
+            )
+        if saved["base_fingerprint"] != here["base_fingerprint"]:
+            raise ValueError(
+                f"{directory} is from another base model: the gated layers' base weights differ in shape or value. "
+                "Resume on the base model of that run."
+            )
+        changed = {k: (v, here["config"].get(k)) for k, v in saved["config"].items() if v != here["config"].get(k)}
+        if changed:
+            listed = "; ".join(f"{k} was {old!r}, is {new!r}" for k, (old, new) in changed.items())
+            raise ValueError(
+                f"{directory} was written with another gate configuration: {listed}. Resume with the same."
+            )
+
+    def restore(self, directory) -> None:
+        """Take over the gates of a checkpoint whose folded weights are loaded already, to go on training exactly.
+
+        Raises:
+            ValueError: as `check_resumable`.
+        """
+        self.check_resumable(directory)
+        state, raw, _ = read_state(directory)
+        load_raw(self.model, raw)
+        self.load_state_dict(state)
+
+    @property
+    def lambda_(self) -> float:
+        """Penalty weight now, mean over the gates."""
+        return self._lambda[self._tower_of].mean().item()
+
+    def summary(self) -> dict:
+        """The gates as plain JSON types: configuration, schedule, towers, and one row per gate."""
+        scores, values, is_open = self.scores.tolist(), self.gates.tolist(), self.open_mask.tolist()
+        sizes = [sum(self._sizes[m] for m in members) for members in self.blocks.values()]
+        towers = {
+            tower: {"gates": len(members), "open": sum(is_open[i] for i in members)}
+            for tower, members in self.towers.items()
+        }
+        return {
+            "adapter_name": self.adapter_name,
+            "base_fingerprint": self._fingerprint,
+            "config": self.config.to_dict(),
+            "phase": maths.phase(self.progress, self.frozen, self.config),
+            "progress": self.progress,
+            "steps": self.steps,
+            "total_steps": self.total_steps,
+            "lambda": self.lambda_,
+            "temperature": maths.temperature(self.progress, self.config) if self.config.kind == "sigmoid" else None,
+            "gates": len(is_open),
+            "open": sum(is_open),
+            "active_fraction": self.active_fraction,
+            "towers": towers,
+            "lora_parameters": sum(sizes),
+            "open_parameters": sum(size for size, o in zip(sizes, is_open, strict=True) if o),
+            "degenerate": self.degenerate,
+            "blocks": [
+                {"name": name, "modules": members, "score": score, "gate": value, "open": o, "parameters": size}
+                for (name, members), score, value, o, size in zip(
+                    self.blocks.items(), scores, values, is_open, sizes, strict=True
+                )
+            ],
+        }
+
+
+def _save_pretrained(model: PeftModel, save_directory, selected_adapters: list[str] | None = None, **kwargs) -> None:
+    """`PeftModel.save_pretrained` of a gated model: the gated adapter is written folded, the others as always.
+
+    The folded adapter's files lie in `save_directory` itself, unless the adapter named "default" is also saved.
+    """
+    controller = getattr(model, CONTROLLER)
+    selected = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
+    others = [name for name in selected if name != controller.adapter_name]
+    if others:
+        PeftModel.save_pretrained(model, save_directory, selected_adapters=others, **kwargs)
+    if controller.adapter_name in selected and kwargs.pop("is_main_process", True):
+        inner = controller.adapter_name if "default" in others else ""
+        controller._write(Path(save_directory) / inner, **kwargs)
+
+
+def _partition(field: str, patterns: list[str], names: list[str], what: str) -> dict[str, list[int]]:
+    """Indices of the names that each regex finds; every name by exactly one, every regex at least one."""
+    found: dict[str, list[int]] = {pattern: [] for pattern in patterns}
+    for i, name in enumerate(names):
+        matches = [pattern for pattern in patterns if re.search(pattern, name)]
+        if len(matches) != 1:
+            how = f"by several regexes, {matches}" if matches else f"by none of the regexes {patterns}"
+            raise ValueError(f"{field}: {what} {name!r} is matched {how}. Each must match exactly one.")
+        found[matches[0]].append(i)
+    empty = [pattern for pattern, members in found.items() if not members]
+    if empty:
+        raise ValueError(f"{field}: {empty} matches no {what}. The first ones are {names[:3]}.")
+    return found

@@ -1,0 +1,90 @@
+"""Folding: writing a gated adapter as a stock PEFT adapter, and reading back what lies beside it."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import layer as seam
+
+STATE_FILE = "gatelora_state.safetensors"
+SUMMARY_FILE = "gates.json"
+RAW = "raw."  # prefix in the state file of weights as trained, where folding changed them
+
+
+def write_adapter(
+    model: PeftModel,
+    adapter_name: str,
+    factors: dict[str, float],
+    state: dict[str, Tensor],
+    summary: dict,
+    directory: str | os.PathLike,
+    state_dict: dict[str, Tensor] | None = None,
+    **kwargs,
+) -> None:
+    """Write a stock PEFT adapter with each gate's value folded into its blocks' B.
+
+    Each file is written under a temporary name and then renamed. The adapter's files lie in `directory` itself,
+    whatever the adapter is called, so that `PeftModel.from_pretrained(base, directory)` finds them.
+
+    Args:
+        factors: gate value by LoRA module name.
+        state, summary: contents of `gatelora_state.safetensors` and of `gates.json`.
+        state_dict: the model's gathered state dict, where the model itself is sharded.
+        kwargs: for `PeftModel.save_pretrained`.
+    """
+    weights = dict(model.state_dict() if state_dict is None else state_dict)
+    state = dict(state)
+    for name, factor in factors.items():
+        key = seam.b_key(name, adapter_name)
+        if factor != 1.0 and key in weights:
+            state[RAW + key] = weights[key].detach().cpu().contiguous()
+            weights[key] = weights[key] * factor
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    # PEFT's card builder reads an existing card and keeps it, so it has to see it.
+    with tempfile.TemporaryDirectory(prefix=".tmp-adapter-", dir=directory) as temporary:
+        if (directory / "README.md").exists():
+            shutil.copy(directory / "README.md", temporary)
+        PeftModel.save_pretrained(model, temporary, selected_adapters=[adapter_name], state_dict=weights, **kwargs)
+        folder = Path(temporary) / ("" if adapter_name == "default" else adapter_name)
+        save_file(state, folder / STATE_FILE)
+        (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
+        for file in {*folder.iterdir(), *Path(temporary).iterdir()}:
+            if file.is_file():
+                os.replace(file, directory / file.name)
+
+
+def read_state(directory: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+    """Read what lies beside an adapter: the controller's state, weights as trained by state-dict key, the summary.
+
+    Raises:
+        ValueError: where the files are missing or unreadable.
+    """
+    directory = Path(directory)
+    try:
+        summary = json.loads((directory / SUMMARY_FILE).read_text())
+        with safe_open(directory / STATE_FILE, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{directory} is not a checkpoint of gated LoRA: {SUMMARY_FILE} and {STATE_FILE} cannot be read ({error})."
+        ) from error
+    raw = {key.removeprefix(RAW): tensors.pop(key) for key in list(tensors) if key.startswith(RAW)}
+    return tensors, raw, summary
+
+
+@torch.no_grad()
+def load_raw(model: PeftModel, raw: dict[str, Tensor]) -> None:
+    """Put weights as trained back over the folded ones."""
+    parameters = dict(model.named_parameters())
+    for key, value in raw.items():
+        parameters[key].copy_(value)

@@ -1,0 +1,149 @@
+"""The mathematics of the gates: gate functions, penalties and the schedule. Pure torch, no PEFT, no Trainer."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .config import GateConfig
+
+# Hard concrete gate: the constants of Louizos et al. (arXiv 1712.01312), section 4.
+HC_BETA, HC_GAMMA, HC_ZETA = 2 / 3, -0.1, 1.1
+
+# The sigmoid gate's temperature falls geometrically between these over the search. At the first one a gate at the
+# default init (0.05 above tau) is 0.73 open; at the last one, 0.001 from tau already decides.
+TEMPERATURE_START, TEMPERATURE_END = 0.05, 0.0005
+
+# The penalty rises linearly over this first part of the search.
+RAMP = 0.25
+
+# Steering (see `steered_lambda`): the weight used on target, and how strongly a deviation of the open fraction from
+# the target moves it.
+STEER_LAMBDA, STEER_GAIN = 0.3, 6.0
+
+
+class _Binarize(torch.autograd.Function):
+    """1 where score >= tau, else 0; the gradient passes straight through (TAPS, arXiv 2203.16708)."""
+
+    @staticmethod
+    def forward(ctx, score: Tensor, tau: float) -> Tensor:
+        return (score >= tau).to(score.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+def hard_concrete(log_alpha: Tensor, noise: Tensor | None) -> Tensor:
+    """Gate value in [0, 1]: a sample for uniform `noise` in (0, 1), or without noise the gate used at test time."""
+    if noise is None:
+        stretched = torch.sigmoid(log_alpha)
+    else:
+        stretched = torch.sigmoid((torch.log(noise) - torch.log1p(-noise) + log_alpha) / HC_BETA)
+    return (stretched * (HC_ZETA - HC_GAMMA) + HC_GAMMA).clamp(0, 1)
+
+
+def gate_values(scores: Tensor, config: GateConfig, temperature: float | Tensor, noise: Tensor | None) -> Tensor:
+    """Gate value of each score; same shape as `scores`. `noise` None means evaluation."""
+    if config.kind == "straight_through":
+        return _Binarize.apply(scores, config.tau)
+    if config.kind == "sigmoid":
+        return torch.sigmoid((scores - config.tau) / temperature)
+    return hard_concrete(scores, noise)
+
+
+def penalty_terms(scores: Tensor, config: GateConfig) -> Tensor:
+    """Penalty of each score before weight and cost: |s|, or for hard concrete the probability of a non-zero gate."""
+    if config.kind == "hard_concrete":
+        return torch.sigmoid(scores - HC_BETA * math.log(-HC_GAMMA / HC_ZETA))
+    return scores.abs()
+
+
+class Gate(nn.Module):
+    """One gate: its score, an fp32 parameter of shape (1,), and in training the noise of the current step.
+
+    The gate is evaluated inside `forward`, because engines that shard parameters gather them around a module's call.
+    """
+
+    def __init__(self, config: GateConfig, device: torch.device):
+        super().__init__()
+        self.config = config
+        self.score = nn.Parameter(torch.full((1,), config.init, dtype=torch.float32, device=device))
+        if config.kind == "sigmoid":
+            start = torch.full((1,), TEMPERATURE_START, dtype=torch.float32, device=device)
+            self.register_buffer("temperature", start, persistent=False)
+        if config.kind == "hard_concrete":
+            half = torch.full((1,), 0.5, dtype=torch.float32, device=device)
+            self.register_buffer("noise", half, persistent=False)
+
+    def forward(self) -> Tensor:
+        """Gate value, shape (1,), with gradient to the score."""
+        noise = self.noise if self.config.kind == "hard_concrete" and self.training else None
+        return gate_values(self.score, self.config, getattr(self, "temperature", 1.0), noise)
+
+
+def step_noise(config: GateConfig, step: int, count: int) -> Tensor:
+    """Uniform noise of shape (count,) for one optimizer step, the same on every rank and in every micro-batch."""
+    generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) % 2**63)
+    return torch.rand(count, generator=generator).clamp(1e-6, 1 - 1e-6)
+
+
+def phase(progress: float, frozen: bool, config: GateConfig) -> str:
+    """`"warmup"`, `"search"`, or once frozen `"consolidate"`."""
+    if frozen:
+        return "consolidate"
+    return "warmup" if progress < config.warmup_ratio else "search"
+
+
+def search_progress(progress: float, config: GateConfig) -> float:
+    """How much of the search lies behind, in [0, 1]."""
+    done = (progress - config.warmup_ratio) / (config.freeze_ratio - config.warmup_ratio)
+    return min(max(done, 0.0), 1.0)
+
+
+def temperature(progress: float, config: GateConfig) -> float:
+    """Temperature of the sigmoid gate."""
+    return TEMPERATURE_START * (TEMPERATURE_END / TEMPERATURE_START) ** search_progress(progress, config)
+
+
+def ramp(progress: float, config: GateConfig) -> float:
+    """Factor on the penalty weight: 0 during warm-up, rising to 1 over the first quarter of the search."""
+    if progress < config.warmup_ratio:
+        return 0.0
+    return min(search_progress(progress, config) / RAMP, 1.0)
+
+
+def steered_lambda(open_fraction: Tensor, target: Tensor, progress: float, config: GateConfig) -> Tensor:
+    """Penalty weight that leads the open fraction from 1 down to `target` over the search.
+
+    The wanted fraction follows the cubic sparsity schedule of Zhu and Gupta (arXiv 1710.01878); the weight grows
+    exponentially with the excess of the open fraction over it. A pure function of progress and scores, so that it
+    needs no state: every rank and every resumed run computes the same. Shapes: one entry per tower.
+    """
+    wanted = target + (1 - target) * (1 - search_progress(progress, config)) ** 3
+    return STEER_LAMBDA * torch.exp(STEER_GAIN * (open_fraction - wanted))
+
+
+def open_count(fraction: float, blocks: int, what: str = "target_active") -> int:
+    """Gates that stay open: round(fraction * blocks).
+
+    Raises:
+        ValueError: where a positive fraction rounds to no gate at all.
+    """
+    count = round(fraction * blocks)
+    if fraction > 0 and count == 0:
+        smallest = math.floor(0.5 / blocks * 1e6 + 1) / 1e6
+        raise ValueError(
+            f"{what}={fraction:g} of {blocks} gates rounds to 0 open gates. The smallest fraction that keeps one "
+            f"open is {smallest:g}; 0.0 closes all of them on purpose."
+        )
+    return count
+
+
+def select_open(values: Tensor, towers: list[list[int]], counts: list[int]) -> Tensor:
+    """Boolean mask of the `counts[t]` best of each tower's `values`, ties broken by block order. Shape of `values`."""
+    mask = torch.zeros(values.shape, dtype=torch.bool)
+    for members, count in zip(towers, counts, strict=True):
+        best = sorted(members, key=lambda i: (-values[i].item(), i))[:count]
+        mask[best] = True
+    return mask

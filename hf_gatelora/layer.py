@@ -1,0 +1,243 @@
+"""The seam to PEFT: the only file that touches its internals.
+
+PEFT's `LoraLayer.lora_variant[adapter]` decides how a LoRA layer's forward, merge and unmerge work. A gated layer is an
+ordinary LoRA layer with `GatedLora` in that slot; taking it out again leaves a stock layer.
+"""
+
+import re
+from collections import Counter
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraVariant, _ConvNd
+from torch import Tensor, nn
+
+from .gates import Gate
+
+PREFIX = "base_model.model."
+
+# Names that transformers 5 gave to modules of its vision models, by their transformers 4 names.
+RENAMED = {
+    "query": "q_proj",
+    "key": "k_proj",
+    "value": "v_proj",
+    "attention.output.dense": "o_proj",
+    "output.dense": "fc2",
+    "intermediate.dense": "fc1",
+    "dense": "o_proj, fc1 and fc2",
+    "out_proj": "o_proj",
+    "o_proj": "out_proj",
+    "c_fc": "fc1",
+    "c_proj": "fc2",
+}
+
+
+class GatedLora(LoraVariant):
+    """Computes `base(x) + g * (alpha / r) * B A x` for the gate `g` of the layer's block."""
+
+    def __init__(self, gate: Gate):
+        self.gate = gate
+
+    def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
+        hidden = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
+        # Gate and scaling go onto the rank-r intermediate, which is far smaller than the output.
+        hidden = hidden * (self.gate() * module.scaling[active_adapter]).to(hidden.dtype)
+        return result + module.lora_B[active_adapter](hidden)
+
+    @torch.no_grad()
+    def _delta(self, module: LoraLayer, adapter: str, weight: Tensor) -> Tensor:
+        was_training = self.gate.training
+        delta = module.get_delta_weight(adapter)
+        delta = (delta * self.gate.eval()().to(delta)).to(weight.dtype)
+        self.gate.train(was_training)
+        # Unmerging must take away what was added, whatever became of the gate in between.
+        module._cache_store(f"{adapter}-gated-delta", delta)
+        return delta
+
+    def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight + self._delta(module, active_adapter, orig_weight)
+
+    def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        orig_weight.data += self._delta(module, active_adapter, orig_weight)
+
+    def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        return orig_weight - module._cache_pop(f"{active_adapter}-gated-delta")
+
+
+class ConstantGate(nn.Module):
+    """A gate that is closed for good, without a parameter."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.register_buffer("value", torch.zeros(1, device=device), persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.value
+
+
+def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
+    """The LoRA layers of one adapter by their module name in the base model, in module order.
+
+    Raises:
+        ValueError: where there is none.
+        TypeError: where a layer is of a type that cannot be gated.
+    """
+    config = model.peft_config[adapter]
+    if not isinstance(config, LoraConfig):
+        raise TypeError(f"Adapter {adapter!r} is a {type(config).__name__}: only LoRA (LoraConfig) can be gated.")
+    found = {
+        name.removeprefix(PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in _adapter_names(module)
+    }
+    if not found:
+        raise ValueError(f"Adapter {adapter!r} has no LoRA layer. {describe_linear_layers(model)}")
+    for name, layer in found.items():
+        if not isinstance(layer, (LoraLinear, _ConvNd)):
+            raise TypeError(
+                f"{name}: a LoRA layer of type {type(layer).__name__} cannot be gated, only Linear and Conv layers "
+                "can. Leave it out of target_modules (and out of target_parameters)."
+            )
+        if adapter in layer.lora_variant:
+            raise ValueError(
+                f"{name}: the LoRA variant slot of adapter {adapter!r} is already taken by "
+                f"{type(layer.lora_variant[adapter]).__name__}, so it cannot be gated. Use plain LoRA: switch off "
+                "use_dora and other variants."
+            )
+        if layer.lora_bias[adapter]:
+            raise ValueError(f"{name}: lora_bias=True cannot be gated. Set lora_bias=False in the LoraConfig.")
+    return found
+
+
+def _adapter_names(layer: LoraLayer) -> set[str]:
+    return set(layer.lora_A) | set(layer.lora_embedding_A)
+
+
+def check_targets(model: nn.Module, config: LoraConfig) -> None:
+    """Check that every entry of `target_modules` names at least one module of `model`.
+
+    Raises:
+        ValueError: naming the entries that match nothing, what they may be called here, and what there is.
+    """
+    targets = config.target_modules
+    if targets is None or targets == "all-linear":
+        return
+    # On a model that is adapted already, modules have their old names within PEFT's wrapper.
+    names = [name.removeprefix(PREFIX).replace(".base_layer", "") for name, _ in model.named_modules()]
+    if isinstance(targets, str):
+        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    else:
+        missing = sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names))
+    if not missing:
+        return
+    leaves = {name.rsplit(".", 1)[-1] for name in names}
+    hints = [
+        f"{target!r} is called {RENAMED[target]} since transformers 5"
+        for target in missing
+        if target in RENAMED and any(new in leaves for new in RENAMED[target].replace(" and ", ", ").split(", "))
+    ]
+    hint = f" ({'; '.join(hints)})" if hints else ""
+    raise ValueError(
+        f"target_modules: {', '.join(map(repr, missing))} matches no module of {type(model).__name__}{hint}. "
+        f"{describe_linear_layers(model)}"
+    )
+
+
+def describe_linear_layers(model: nn.Module) -> str:
+    """One sentence that lists the linear layers by the last part of their name, with their number."""
+    leaves = Counter(
+        name.removesuffix(".base_layer").rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".lora_" not in name
+    )
+    if not leaves:
+        return "The model has no linear layer."
+    listed = ", ".join(f"{leaf} (x{count})" for leaf, count in sorted(leaves.items()))
+    return f'Its linear layers are: {listed}. Name them in target_modules, or take target_modules="all-linear".'
+
+
+def layer_of(model: PeftModel, name: str) -> str:
+    """Name of the transformer layer that holds the module: the innermost entry of an `nn.ModuleList`, or itself."""
+    parts = (PREFIX + name).split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        if parts[end].isdigit() and isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
+            return ".".join(parts[: end + 1]).removeprefix(PREFIX)
+    return name
+
+
+def install(layer: LoraLayer, adapter: str, gate: nn.Module) -> None:
+    """Gate one adapter of a LoRA layer."""
+    layer.lora_variant[adapter] = GatedLora(gate)
+
+
+def uninstall(layer: LoraLayer, adapter: str) -> None:
+    """Make the adapter of a LoRA layer a stock one again."""
+    layer.lora_variant.pop(adapter, None)
+
+
+def remove_adapter(layer: LoraLayer, adapter: str) -> list[nn.Parameter]:
+    """Take one adapter out of a LoRA layer, which then computes its base layer; returns the removed parameters.
+
+    Not `layer.delete_adapter`: that would activate another adapter on this layer. The adapter stays the active one
+    here, and PEFT's layers skip adapters that they do not have, also after `disable_adapter()` or a switch.
+    """
+    removed = lora_parameters(layer, adapter)
+    for attribute in layer.adapter_layer_names + layer.other_param_names:
+        per_adapter = getattr(layer, attribute)
+        if adapter in per_adapter:
+            del per_adapter[adapter]
+    uninstall(layer, adapter)
+    return removed
+
+
+def lora_parameters(layer: LoraLayer, adapter: str) -> list[nn.Parameter]:
+    """The parameters of one adapter of a LoRA layer."""
+    return [*layer.lora_A[adapter].parameters(), *layer.lora_B[adapter].parameters()]
+
+
+@torch.no_grad()
+def update_norm(layer: LoraLayer, adapter: str) -> float:
+    """Squared Frobenius norm of (alpha / r) B A, through the r x r Gram matrices."""
+    a = layer.lora_A[adapter].weight.flatten(1).double()
+    b = layer.lora_B[adapter].weight.flatten(1).double()
+    return (layer.scaling[adapter] ** 2 * ((b.T @ b) * (a @ a.T)).sum()).item()
+
+
+def multiplications(layer: LoraLayer, adapter: str) -> tuple[int, int]:
+    """Multiplications per token of the adapter and of the base layer."""
+    return sum(p.numel() for p in lora_parameters(layer, adapter)), layer.get_base_layer().weight.numel()
+
+
+def base_weight(layer: LoraLayer) -> Tensor:
+    """Weight of the layer below the adapter."""
+    return layer.get_base_layer().weight
+
+
+def b_key(name: str, adapter: str) -> str:
+    """Key of a LoRA layer's B in the model's state dict."""
+    return f"{PREFIX}{name}.lora_B.{adapter}.weight"
+
+
+def narrow_targets(model: PeftModel, adapter: str, names: list[str]) -> None:
+    """Make the adapter's config target exactly the modules in `names`."""
+    config = model.peft_config[adapter]
+    every = [
+        name.removeprefix(PREFIX)
+        for name, module in model.named_modules()
+        if isinstance(module, (LoraLayer, nn.Linear, nn.modules.conv._ConvNd)) and ".base_layer" not in name
+    ]
+    # PEFT matches targets as suffixes: what a full name would catch besides itself must be excluded.
+    caught = {other for other in every for name in names if other.endswith(f".{name}")} - set(names)
+    config.target_modules = set(names)
+    config.exclude_modules = caught or None
+    config.layers_to_transform = config.layers_pattern = None
+
+
+def unwrap_empty_layers(model: PeftModel) -> None:
+    """Put the base layer back wherever a LoRA layer holds no adapter any more."""
+    empty = [n for n, m in model.named_modules() if isinstance(m, LoraLayer) and not _adapter_names(m)]
+    for name in empty:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, model.get_submodule(name).get_base_layer())

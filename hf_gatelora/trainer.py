@@ -1,0 +1,252 @@
+"""`GatedLoraTrainer`: the Trainer that trains gated LoRA, and its arguments."""
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from .callbacks import GateAnnealingCallback, separate_scores
+from .config import GateConfig
+from .controller import CONTROLLER, attach_gates
+from .layer import check_targets
+
+
+@dataclass
+class GatedLoraTrainingArguments(TrainingArguments):
+    """`TrainingArguments` and the fields of `GateConfig` as `gate_<field>` (`gate_lambda` for `lambda_`).
+
+    Fields that take more than one type can be given as strings on the command line: a fraction, `none`, or JSON, for
+    instance `--gate_target_active '{"vision": 0.05, "text": 0.0}'`.
+
+    Raises:
+        ValueError: where a gate field is out of its range.
+    """
+
+    gate_kind: str = field(default="straight_through", metadata={"help": "straight_through, sigmoid or hard_concrete"})
+    gate_target_active: str = field(default="0.05", metadata={"help": "open fraction, JSON {regex: fraction}, or none"})
+    gate_lambda: float | None = field(default=None, metadata={"help": "penalty weight; default: steered"})
+    gate_tau: float = field(default=0.1, metadata={"help": "a gate is open where its score is at least this"})
+    gate_init: float = field(default=0.15, metadata={"help": "initial score"})
+    gate_learning_rate: float = field(default=0.01, metadata={"help": "learning rate of the scores"})
+    gate_warmup_ratio: float = field(default=0.1, metadata={"help": "fraction of the run before the penalty starts"})
+    gate_freeze_ratio: float = field(default=0.5, metadata={"help": "fraction of the run after which gates freeze"})
+    gate_granularity: str = field(default="module", metadata={"help": "module, layer, or a JSON list of regexes"})
+    gate_cost: str = field(default="uniform", metadata={"help": "uniform, parameters, compute, or JSON {gate: cost}"})
+    gate_criterion: str = field(default="score", metadata={"help": "what ranks gates at the freeze: score or norm"})
+    gate_seed: int = field(default=0, metadata={"help": "seed of the hard concrete noise"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.gate_target_active = _parse("gate_target_active", self.gate_target_active)
+        self.gate_granularity = _parse("gate_granularity", self.gate_granularity)
+        self.gate_cost = _parse("gate_cost", self.gate_cost)
+        self.gate_config()
+
+    def gate_config(self) -> GateConfig:
+        """The gate fields as a `GateConfig`."""
+        return GateConfig(**{f.name: getattr(self, f"gate_{f.name}".rstrip("_")) for f in fields(GateConfig)})
+
+
+def _parse(name, value):
+    if not isinstance(value, str) or (value.isidentifier() and value.lower() not in ("none", "null")):
+        return value
+    if value.lower() in ("none", "null"):
+        return None
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r} is neither a number, a known word nor JSON ({error}).") from error
+
+
+class GatedLoraTrainer(Trainer):
+    """`Trainer` with gated LoRA: change the class name of your Trainer, and pass a `PeftModel` or a `peft_config`.
+
+    The scores get their own optimizer group: `gate_learning_rate`, no weight decay. The learning-rate schedule
+    multiplies their rate as well, and gradient clipping counts them in. `load_best_model_at_end` considers only
+    evaluations after the freeze. Every directory written is a stock PEFT adapter.
+
+    Args:
+        model: a `PeftModel` with LoRA layers (its active adapter is gated), one whose gates are attached already, or
+            a plain model together with `peft_config`.
+        args: `GatedLoraTrainingArguments`; with stock `TrainingArguments` the gates take their defaults.
+        peft_config: LoRA settings for a plain model.
+        kwargs: for `Trainer`.
+
+    Attributes:
+        gates: the `GateController`.
+
+    Raises:
+        ValueError, TypeError: as `attach_gates`, and where model and `peft_config` do not go together.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *trainer_args,
+        peft_config: LoraConfig | None = None,
+        callbacks: list | None = None,
+        **kwargs,
+    ):
+        if kwargs.get("model_init") is not None or model is None:
+            raise ValueError("GatedLoraTrainer needs `model`; gates cannot be attached to a `model_init` yet.")
+        if args is not None and args.n_gpu > 1:
+            raise ValueError(
+                f"Found {args.n_gpu} GPUs in one process, which Trainer would use through DataParallel; its replicas "
+                "cannot hold gates. Start one process per GPU with `accelerate launch`."
+            )
+        model = _adapted(model, peft_config)
+        config = args.gate_config() if isinstance(args, GatedLoraTrainingArguments) else GateConfig()
+        self.gates = getattr(model, CONTROLLER, None) or attach_gates(model, config, model.active_adapter)
+        if args is not None and args.activation_checkpointing:
+            # Reentrant checkpointing gives no gradient to blocks whose input needs none, as in a frozen vision tower.
+            args.activation_checkpointing_kwargs = {
+                "use_reentrant": False,
+                **(args.activation_checkpointing_kwargs or {}),
+            }
+
+        self._in_training_step = False
+        self._penalty_sum, self._penalty_count = 0.0, 0
+        super().__init__(model, args, *trainer_args, callbacks=callbacks, **kwargs)
+        annealing = [c for c in self.callback_handler.callbacks if isinstance(c, GateAnnealingCallback)]
+        for callback in annealing:
+            callback.add_penalty = False  # compute_loss adds it
+        if not annealing:
+            self.add_callback(GateAnnealingCallback(self.gates, add_penalty=False))
+
+    # ---- loss ---------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Trainer's loss, in training plus the gates' penalty."""
+        result = super().compute_loss(
+            model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        if not self._in_training_step:
+            return result
+        penalty = self.gates.penalty()
+        self._penalty_sum, self._penalty_count = self._penalty_sum + penalty.detach(), self._penalty_count + 1
+        # The penalty counts once per optimizer step. Trainer divides the loss by the number of micro-batches only
+        # where it was not normalised over all of them before.
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = by_model or self.compute_loss_func is not None
+        if scaled:
+            penalty = penalty / self.current_gradient_accumulation_steps
+        return (result[0] + penalty, *result[1:]) if return_outputs else result + penalty
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Trainer's step, with a check that the penalty was part of its loss and that the loss is finite.
+
+        Raises:
+            RuntimeError: where it was not.
+        """
+        reads = self.gates.penalty_reads
+        self._in_training_step = True
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._in_training_step = False
+        if not self.gates.frozen and self.gates.penalty_reads == reads:
+            raise RuntimeError(
+                f"{type(self).__name__}.compute_loss dropped the gates' penalty, so this would train plain LoRA. Call "
+                "super().compute_loss(...) in it, or add self.gates.penalty() to its loss."
+            )
+        # Trainer reads the loss on the host at every step unless logging_nan_inf_filter is off.
+        if self.args.logging_nan_inf_filter and not torch.isfinite(loss):
+            raise RuntimeError(
+                f"The training loss is {loss.item()} at step {self.state.global_step + 1}. Nothing of this step was "
+                "applied. Lower learning_rate, or look for broken images or labels in the batch."
+            )
+        return loss
+
+    def log(self, logs, start_time=None):
+        """Trainer's log; training entries also get the parts of the loss and the state of the gates."""
+        if "loss" in logs and self._penalty_count:
+            penalty = float(self._penalty_sum) / self._penalty_count
+            self._penalty_sum, self._penalty_count = 0.0, 0
+            logs = {**logs, "task_loss": logs["loss"] - penalty, "penalty": penalty, **gate_logs(self.gates)}
+        super().log(logs, start_time)
+
+    # ---- optimizer ----------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model=None):
+        """Trainer's optimizer, with the scores in a group of their own.
+
+        Raises:
+            ValueError: where a given optimizer does not update the scores, or decays them.
+        """
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if not given:
+            separate_scores(self.gates, optimizer, None)
+        elif not self.gates.frozen:
+            groups = [g for g in optimizer.param_groups for p in g["params"] if p is self.gates.score_parameters()[0]]
+            if not groups or groups[0].get("weight_decay", 0.0) != 0.0:
+                raise ValueError(
+                    f"The given optimizer {'decays' if groups else 'does not update'} the gates' scores. Build it from "
+                    "attach_gates(model, ...).param_groups(lr=...), and pass that model."
+                )
+        return optimizer
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """Trainer's `train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self.gates.check_resumable(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.gates.restore(resume_from_checkpoint)
+
+    def _determine_best_metric(self, metrics, trial):
+        # What an evaluation before the freeze measures is not what the run ends with.
+        return super()._determine_best_metric(metrics, trial) if self.gates.frozen else False
+
+
+def gate_logs(gates) -> dict[str, float]:
+    """The gates' state as log entries: lambda, temperature, open fraction overall and per tower."""
+    summary = gates.summary()
+    logs = {"gate_lambda": summary["lambda"], "open_fraction": summary["active_fraction"]}
+    if summary["temperature"] is not None:
+        logs["gate_temperature"] = summary["temperature"]
+    if len(summary["towers"]) > 1:
+        for tower, row in summary["towers"].items():
+            logs[f"open_fraction/{tower}"] = row["open"] / row["gates"]
+    return logs
+
+
+def last_complete_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint folder that was written to its end: Trainer writes its state last.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    root = Path(output_dir)
+    folders = sorted(root.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
+    for folder in folders:
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return str(folder)
+    raise ValueError(f"No complete checkpoint in {output_dir} to resume from (found {[f.name for f in folders]}).")
+
+
+def _adapted(model, peft_config: LoraConfig | None) -> PeftModel:
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise ValueError("The model is a PeftModel already: pass it without peft_config.")
+        return model
+    if peft_config is None:
+        raise ValueError(
+            f"{type(model).__name__} has no LoRA layers: pass peft_config=LoraConfig(...), or a PeftModel."
+        )
+    check_targets(model, peft_config)
+    return get_peft_model(model, peft_config)
