@@ -377,6 +377,7 @@ class GateController:
         if not open_modules:
             open_modules = [next(iter(self._layers))]
         seam.narrow_targets(self.model, self.adapter_name, open_modules)
+        seam.unwrap_empty_layers(self.model)
         delattr(self.model, GATES)
         self._lambda = torch.zeros_like(self._lambda)
         self._forget(removed)
@@ -412,7 +413,6 @@ class GateController:
         self.freeze()
         if not self._open.any():
             seam.uninstall(self._layers[next(iter(self._layers))], self.adapter_name)
-        seam.unwrap_empty_layers(self.model)
         del self.model.save_pretrained
         delattr(self.model, CONTROLLER)
         return self.model

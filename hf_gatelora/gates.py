@@ -19,7 +19,7 @@ RAMP = 0.25
 
 # Steering (see `steered_lambda`): the weight used on target, and how strongly a deviation of the open fraction from
 # the target moves it.
-STEER_LAMBDA, STEER_GAIN = 0.3, 6.0
+STEER_LAMBDA, STEER_GAIN = 0.3, 3.0
 
 
 class _Binarize(torch.autograd.Function):

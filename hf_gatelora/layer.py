@@ -230,7 +230,7 @@ def narrow_targets(model: PeftModel, adapter: str, names: list[str]) -> None:
     ]
     # PEFT matches targets as suffixes: what a full name would catch besides itself must be excluded.
     caught = {other for other in every for name in names if other.endswith(f".{name}")} - set(names)
-    config.target_modules = set(names)
+    config.target_modules = list(names)
     config.exclude_modules = caught or None
     config.layers_to_transform = config.layers_pattern = None
 

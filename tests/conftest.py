@@ -1,109 +1,46 @@
-"""Tiny models built from configs, with data to train them on: no network, no files."""
+"""Fixtures and the trainer that the tests share."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
-from torch.utils.data import Dataset
-from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2ForImageClassification
+from models import FAMILIES, Images, lora_config
 
 from hf_gatelora import GatedLoraTrainer, GatedLoraTrainingArguments
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "o_proj", "fc1", "fc2"]
-CLASSES = 4
-WIDTH = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-VISION = {**WIDTH, "num_hidden_layers": 2, "image_size": 16, "patch_size": 8}
-
-
-def tiny_clip() -> CLIPModel:
-    """2 vision and 1 text layer of width 16: 18 blocks."""
-    torch.manual_seed(0)
-    text = {**WIDTH, "num_hidden_layers": 1, "vocab_size": 32, "max_position_embeddings": 8}
-    text |= {"bos_token_id": 0, "eos_token_id": 31, "pad_token_id": 1}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=8)).eval()
-
-
-def tiny_dinov2() -> Dinov2ForImageClassification:
-    """2 layers of width 16: 12 blocks, and a classification head."""
-    torch.manual_seed(0)
-    return Dinov2ForImageClassification(Dinov2Config(**VISION, mlp_ratio=2, num_labels=CLASSES)).eval()
-
-
-def prompts() -> dict:
-    """Token ids of one prompt per class."""
-    ids = torch.arange(2, 2 + 3 * CLASSES).reshape(CLASSES, 3)
-    ids = torch.cat([torch.zeros(CLASSES, 1, dtype=torch.long), ids, torch.full((CLASSES, 1), 31)], 1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-class Images(Dataset):
-    """Random images whose mean tells the class."""
-
-    def __init__(self, count: int = 32):
-        generator = torch.Generator().manual_seed(1)
-        self.labels = torch.arange(count) % CLASSES
-        self.pixels = torch.randn(count, 3, 16, 16, generator=generator) + self.labels[:, None, None, None].float()
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, i):
-        return {"pixel_values": self.pixels[i], "labels": self.labels[i]}
-
-
-def collate(rows: list[dict]) -> dict:
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-
-
-def collate_with_prompts(rows: list[dict]) -> dict:
-    return {**collate(rows), **prompts()}
-
-
-def class_prompt_loss(outputs, labels, num_items_in_batch=None):
-    loss = torch.nn.functional.cross_entropy(outputs["logits_per_image"], labels, reduction="sum")
-    return loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-
-
-# One entry per model family: how to make the model, its inputs, and what the Trainer needs to train it.
-FAMILIES = {
-    "clip": {
-        "model": tiny_clip,
-        "inputs": lambda: {"pixel_values": Images(4).pixels, **prompts()},
-        "output": "logits_per_image",
-        "trainer": {"data_collator": collate_with_prompts, "compute_loss_func": class_prompt_loss},
-    },
-    "dinov2": {
-        "model": tiny_dinov2,
-        "inputs": lambda: {"pixel_values": Images(4).pixels},
-        "output": "logits",
-        "trainer": {"data_collator": collate},
-    },
-}
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
 
 @pytest.fixture(params=list(FAMILIES))
 def family(request) -> dict:
+    """Each model family in turn."""
     return FAMILIES[request.param]
 
 
-def lora_config(model, **kwargs):
-    """LoRA on all attention and MLP layers that the model has."""
-    from peft import LoraConfig
+@pytest.fixture(scope="session")
+def stock_peft():
+    """`stock_peft(family, directory)`: outputs of the adapter in a process that cannot import hf_gatelora."""
+    script = Path(__file__).with_name("stock_peft.py")
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, script], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
 
-    leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": [t for t in TARGETS if t in leaves]}
-    return LoraConfig(**settings | kwargs)
+    def outputs(family: dict, directory) -> torch.Tensor:
+        process.stdin.write(f"{family['name']}\t{directory}\n")
+        process.stdin.flush()
+        answer = process.stdout.readline().strip()
+        assert answer.startswith("ok "), answer
+        return torch.load(answer.removeprefix("ok "))
 
-
-def randomize(model: torch.nn.Module, seed: int = 3) -> None:
-    """Give every LoRA B random values, so that the adapter does something."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    with process:
+        yield outputs
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
 
 
 def make_trainer(family: dict, output_dir, model=None, trainer_class=GatedLoraTrainer, **arguments):
