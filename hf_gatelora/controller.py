@@ -91,7 +91,6 @@ class GateController:
         self._lambda = torch.zeros(len(self.towers), device=self._device)
         self._tower_of = self._tower_index()
         self._optimizer = None
-        self._own_groups: list[dict] = []
         self._watch_optimizer()
 
         model.save_pretrained = types.MethodType(_save_pretrained, model)
@@ -282,6 +281,8 @@ class GateController:
             )
         self.progress = progress
         self.steps += 1
+        if self._optimizer is not None:
+            self._watch.remove()
         if self.frozen:
             return
         if progress >= self.config.freeze_ratio:
@@ -453,13 +454,10 @@ class GateController:
 
         def notice(optimizer, args, kwargs):
             gates = controller()
-            if gates is None:
-                handle.remove()
-            elif not gates.frozen and gates.owns(optimizer):
+            if gates is not None and gates.owns(optimizer):
                 gates._optimizer = weakref.ref(optimizer)
-                handle.remove()
 
-        handle = register_optimizer_step_post_hook(notice)
+        self._watch = register_optimizer_step_post_hook(notice)
 
     def owns(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the optimizer updates the scores."""
