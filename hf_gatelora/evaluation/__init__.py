@@ -1,0 +1,1 @@
+"""Measuring what a fine-tuned model gained (ID), carried over (OOD) and kept (retention)."""

@@ -1,0 +1,56 @@
+"""`results.jsonl`: one row per measurement, from which every table and card reads its numbers."""
+
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+PACKAGES = ("hf_gatelora", "torch", "transformers", "peft", "accelerate", "datasets")
+
+
+class Results:
+    """Measurements of one run, written to `path` after each one.
+
+    Args:
+        path: the JSONL file; what it held is replaced at the first measurement.
+        common: fields that every row gets, for instance model, seed and arguments.
+    """
+
+    def __init__(self, path: str | os.PathLike, **common):
+        self.path = Path(path)
+        self.common = {**common, "versions": package_versions()}
+        self.rows: list[dict] = []
+
+    def add(self, method: str, role: str, metric: str, value: float, n: int, data: str, split: str, **more) -> None:
+        """Add one measurement and write the file (under a temporary name, then renamed).
+
+        Args:
+            method: how the model was made, for instance `"base"`, `"lora"` or `"gated"`.
+            role: `"id"`, `"ood"`, `"retention"`, or `"cost"` for sizes and times.
+            metric, value: what was measured; accuracies are fractions.
+            n: number of samples behind the value.
+            data, split: name of the data set and its part.
+        """
+        row = {"method": method, "role": role, "data": data, "split": split, "metric": metric, "value": value, "n": n}
+        self.rows.append({**row, **more, **self.common})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        os.replace(temporary, self.path)
+
+
+def read_results(path: str | os.PathLike) -> list[dict]:
+    """The rows of a results file."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # not installed as a package, for instance run from a source tree
+            continue
+    return found
