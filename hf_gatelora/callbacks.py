@@ -2,6 +2,7 @@
 
 import logging
 
+from accelerate.state import GradientState
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
@@ -27,6 +28,7 @@ class GateAnnealingCallback(TrainerCallback):
         self.gates = gates
         self.add_penalty = add_penalty
         self._hook = None
+        self._reads = gates.penalty_reads
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         gates = self.gates
@@ -45,13 +47,9 @@ class GateAnnealingCallback(TrainerCallback):
         check_reach(gates, state.max_steps)
         if self.add_penalty:
             separate_scores(gates, optimizer, lr_scheduler)
-            accumulation = args.gradient_accumulation_steps
-            self._hook = gates.model.register_forward_hook(
-                lambda module, inputs, kw, output: self._with_penalty(module, kw, output, accumulation),
-                with_kwargs=True,
-            )
+            self._hook = gates.model.register_forward_hook(self._with_penalty, with_kwargs=True)
 
-    def _with_penalty(self, module, kwargs, output, accumulation):
+    def _with_penalty(self, module, inputs, kwargs, output):
         if not module.training or self.gates.frozen:
             return None
         loss = output.get("loss") if isinstance(output, dict) else None
@@ -61,13 +59,27 @@ class GateAnnealingCallback(TrainerCallback):
                 f"{type(module.get_base_model()).__name__} returned none. Use GatedLoraTrainer, which "
                 "adds it itself, or add gates.penalty() to your loss and pass add_penalty=False."
             )
-        # With num_items_in_batch the loss comes scaled for accumulation; otherwise Trainer divides it afterwards.
-        scale = accumulation if kwargs.get("num_items_in_batch") is not None else 1
-        output["loss"] = loss + self.gates.penalty() / scale
+        penalty = self.gates.penalty()
+        # A loss that was normalised by num_items_in_batch is summed over the micro-batches of a step: the penalty goes
+        # into the last one. Any other loss Trainer divides by their number: the penalty goes into each.
+        if kwargs.get("num_items_in_batch") is None or GradientState().sync_gradients:
+            output["loss"] = loss + penalty
         return output
 
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if not self.gates.frozen and self.gates.penalty_reads == self._reads:
+            raise RuntimeError(
+                "The gates' penalty was not part of this step's loss, so this would train plain LoRA. In your own "
+                "compute_loss call super().compute_loss(...), or add self.penalty(num_items_in_batch) to your loss."
+            )
+        self._reads = self.gates.penalty_reads
+
     def on_step_end(self, args, state, control, **kwargs):
+        was_frozen = self.gates.frozen
         self.gates.step(min(state.global_step / state.max_steps, 1.0))
+        if self.gates.frozen and not was_frozen:
+            # What an evaluation before the freeze measured is not what the run ends with.
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
     def on_train_end(self, args, state, control, **kwargs):
         if self._hook is not None:

@@ -58,11 +58,15 @@ class GateConfig:
         _one_of("criterion", self.criterion, CRITERIA)
         if isinstance(self.granularity, str):
             _one_of("granularity", self.granularity, GRANULARITIES, "or a list of regexes")
+        elif not isinstance(self.granularity, (list, tuple)) or not self.granularity:
+            raise ValueError(f"granularity={self.granularity!r} must be 'module', 'layer' or a list of regexes.")
         else:
             self.granularity = list(self.granularity)
             _check_regexes("granularity", self.granularity)
         if isinstance(self.cost, str):
             _one_of("cost", self.cost, COSTS, "or a dict {gate name: cost}")
+        elif not isinstance(self.cost, dict):
+            raise ValueError(f"cost={self.cost!r} must be one of {COSTS} or a dict {{gate name: cost}}.")
         else:
             for name, cost in self.cost.items():
                 _check_number(f"cost[{name!r}]", cost, above=0.0)
@@ -82,6 +86,8 @@ class GateConfig:
                 f"warmup_ratio={self.warmup_ratio} is not before freeze_ratio={self.freeze_ratio}: no steps "
                 "would be left to search. Both are fractions of the whole run; set warmup_ratio < freeze_ratio."
             )
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed={self.seed!r} must be an integer.")
         if self.lambda_ is not None:
             _check_number("lambda_", self.lambda_, 0.0)
         if isinstance(self.target_active, dict):

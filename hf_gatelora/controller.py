@@ -21,6 +21,18 @@ from .export import load_raw, read_state, write_adapter
 
 logger = logging.getLogger(__name__)
 
+_CONTROLLERS = weakref.WeakSet()
+
+
+def _notice(optimizer, args, kwargs) -> None:
+    for gates in list(_CONTROLLERS):
+        gates._notice(optimizer)
+
+
+# An optimizer that updates the blocks of a controller makes itself known at its first step, so that the freeze can drop
+# the state of closed blocks from it, whoever created it.
+register_optimizer_step_post_hook(_notice)
+
 CONTROLLER = "gate_controller"  # attribute of the PeftModel
 GATES = "gates"  # child module of the PeftModel: {adapter name: list of gates}
 
@@ -90,10 +102,11 @@ class GateController:
         self._scores = self._read_scores().detach()
         self._lambda = torch.zeros(len(self.towers), device=self._device)
         self._tower_of = self._tower_index()
-        self._optimizer = None
-        self._watch_optimizer()
+        self._optimizers: list[weakref.ref] = []
+        _CONTROLLERS.add(self)
 
         model.save_pretrained = types.MethodType(_save_pretrained, model)
+        self._refresh()
 
     # ---- what is gated ------------------------------------------------------------------------------------------
 
@@ -106,14 +119,18 @@ class GateController:
             for name in modules:
                 blocks.setdefault(seam.layer_of(self.model, name), []).append(name)
             return blocks
-        for pattern, members in _partition("granularity", granularity, modules, "LoRA module").items():
+        for pattern, members in _partition(
+            "granularity", granularity, modules, [[m] for m in modules], "LoRA module"
+        ).items():
             blocks[pattern] = [modules[i] for i in members]
         return blocks
 
     def _towers(self) -> dict[str, list[int]]:
         names = list(self.blocks)
         if isinstance(self.config.target_active, dict):
-            return _partition("target_active", list(self.config.target_active), names, "gate")
+            # A group is named by its regex: what tells its tower are its modules.
+            texts = [[name] if isinstance(self.config.granularity, str) else self.blocks[name] for name in names]
+            return _partition("target_active", list(self.config.target_active), names, texts, "gate")
         towers: dict[str, list[int]] = {}
         for i, name in enumerate(names):
             # A group is named by its regex, so it has no tower of its own.
@@ -173,9 +190,9 @@ class GateController:
         digest = hashlib.sha256()
         for name, layer in self._layers.items():
             weight = seam.base_weight(layer).detach()
-            head = weight.flatten()[:8]
+            head = weight.flatten()[:64]
             head = head.float().cpu().tolist() if head.is_floating_point() and not head.is_meta else []
-            digest.update(repr((name, tuple(weight.shape), [f"{v:.3g}" for v in head])).encode())
+            digest.update(repr((name, tuple(weight.shape), [f"{v:.5g}" for v in head])).encode())
         return digest.hexdigest()[:16]
 
     def _tower_index(self) -> Tensor:
@@ -281,8 +298,6 @@ class GateController:
             )
         self.progress = progress
         self.steps += 1
-        if self._optimizer is not None:
-            self._watch.remove()
         if self.frozen:
             return
         if progress >= self.config.freeze_ratio:
@@ -336,10 +351,13 @@ class GateController:
         Open blocks become stock PEFT LoRA; closed ones lose their parameters and their optimizer state.
 
         Raises:
-            RuntimeError: where a score is not finite.
+            RuntimeError: where a score is not finite, or the adapter is merged.
         """
         if self.frozen:
             return
+        if any(seam.is_merged(layer) for layer in self._layers.values()):
+            raise RuntimeError("Cannot freeze: the adapter is merged into the base weights. Unmerge it first.")
+        self._follow_device()
         self._scores = self._read_scores().detach()
         if not self._scores.isfinite().all():
             bad = [n for n, s in zip(self.names, self.scores, strict=True) if not math.isfinite(s)]
@@ -391,7 +409,7 @@ class GateController:
         # that keeps it so.
         for parameter in layer.lora_B[self.adapter_name].parameters():
             parameter.zero_()
-        seam.install(layer, self.adapter_name, seam.ConstantGate(self._device))
+        seam.install(layer, self.adapter_name, None)
         return []
 
     @property
@@ -411,6 +429,8 @@ class GateController:
 
     def fold(self) -> PeftModel:
         """Freeze, and turn the model in place into a plain PEFT LoRA with the open blocks; returns the model."""
+        if getattr(self.model, CONTROLLER, None) is not self:
+            return self.model  # folded before
         self.freeze()
         if not self._open.any():
             seam.uninstall(self._layers[next(iter(self._layers))], self.adapter_name)
@@ -447,34 +467,31 @@ class GateController:
             {"params": scores, "lr": self.config.learning_rate, "weight_decay": 0.0},
         ]
 
-    def _watch_optimizer(self) -> None:
-        # The optimizer whose step updates the scores makes itself known at its first step, so that the freeze can
-        # drop the state of closed blocks from it, whoever created it.
-        controller = weakref.ref(self)
-
-        def notice(optimizer, args, kwargs):
-            gates = controller()
-            if gates is not None and gates.owns(optimizer):
-                gates._optimizer = weakref.ref(optimizer)
-
-        self._watch = register_optimizer_step_post_hook(notice)
-
-    def owns(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the optimizer updates the scores."""
-        first = self.score_parameters()[:1]
-        return any(p is first[0] for group in optimizer.param_groups for p in group["params"]) if first else False
+    def _notice(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.frozen or any(known() is optimizer for known in self._optimizers):
+            return
+        own = {id(p) for p in self.score_parameters()}
+        own |= {id(p) for layer in self._layers.values() for p in seam.lora_parameters(layer, self.adapter_name)}
+        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            self._optimizers.append(weakref.ref(optimizer))
 
     def _forget(self, parameters: list[nn.Parameter]) -> None:
         gone = {id(p) for p in parameters}
         for parameter in parameters:
             parameter.grad = None
-        optimizer = self._optimizer() if self._optimizer is not None else None
-        if optimizer is None:
-            return
-        for group in optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) not in gone]
-        for parameter in parameters:
-            optimizer.state.pop(parameter, None)
+        for optimizer in filter(None, (known() for known in self._optimizers)):
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in gone]
+            for parameter in parameters:
+                optimizer.state.pop(parameter, None)
+        self._optimizers = []
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_optimizers": []}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        _CONTROLLERS.add(self)
 
     # ---- state and summary --------------------------------------------------------------------------------------
 
@@ -512,6 +529,10 @@ class GateController:
                 f"{len(self.names)} (differing: {odd[:3] or 'only the order'}). Resume with the model, target_modules "
                 "and granularity of that run."
             )
+        if saved["lora"] != here["lora"]:
+            raise ValueError(
+                f"{directory} was written with another LoRA config: {saved['lora']}, this one is {here['lora']}."
+            )
         if saved["base_fingerprint"] != here["base_fingerprint"]:
             raise ValueError(
                 f"{directory} is from another base model: the gated layers' base weights differ in shape or value. "
@@ -542,6 +563,7 @@ class GateController:
 
     def summary(self) -> dict:
         """The gates as plain JSON types: configuration, schedule, towers, and one row per gate."""
+        lora = self.model.peft_config[self.adapter_name]
         scores, values, is_open = self.scores.tolist(), self.gates.tolist(), self.open_mask.tolist()
         sizes = [sum(self._sizes[m] for m in members) for members in self.blocks.values()]
         towers = {
@@ -551,6 +573,7 @@ class GateController:
         return {
             "adapter_name": self.adapter_name,
             "base_fingerprint": self._fingerprint,
+            "lora": {k: getattr(lora, k) for k in ("r", "lora_alpha", "lora_dropout", "use_rslora")},
             "config": self.config.to_dict(),
             "phase": maths.phase(self.progress, self.frozen, self.config),
             "progress": self.progress,
@@ -574,12 +597,19 @@ class GateController:
         }
 
 
-def _save_pretrained(model: PeftModel, save_directory, selected_adapters: list[str] | None = None, **kwargs) -> None:
+def _save_pretrained(
+    model: PeftModel,
+    save_directory,
+    safe_serialization: bool = True,
+    selected_adapters: list[str] | None = None,
+    **kwargs,
+) -> None:
     """`PeftModel.save_pretrained` of a gated model: the gated adapter is written folded, the others as always.
 
     The folded adapter's files lie in `save_directory` itself, unless the adapter named "default" is also saved.
     """
     controller = getattr(model, CONTROLLER)
+    kwargs["safe_serialization"] = safe_serialization
     selected = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
     others = [name for name in selected if name != controller.adapter_name]
     if others:
@@ -589,11 +619,11 @@ def _save_pretrained(model: PeftModel, save_directory, selected_adapters: list[s
         controller._write(Path(save_directory) / inner, **kwargs)
 
 
-def _partition(field: str, patterns: list[str], names: list[str], what: str) -> dict[str, list[int]]:
-    """Indices of the names that each regex finds; every name by exactly one, every regex at least one."""
+def _partition(field: str, patterns: list[str], names: list[str], texts: list[list[str]], what: str) -> dict:
+    """Indices of the names in all of whose texts each regex is found; every name by exactly one, none in vain."""
     found: dict[str, list[int]] = {pattern: [] for pattern in patterns}
     for i, name in enumerate(names):
-        matches = [pattern for pattern in patterns if re.search(pattern, name)]
+        matches = [pattern for pattern in patterns if all(re.search(pattern, text) for text in texts[i])]
         if len(matches) != 1:
             how = f"by several regexes, {matches}" if matches else f"by none of the regexes {patterns}"
             raise ValueError(f"{field}: {what} {name!r} is matched {how}. Each must match exactly one.")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -58,9 +59,11 @@ def write_adapter(
         folder = Path(temporary) / ("" if adapter_name == "default" else adapter_name)
         save_file(state, folder / STATE_FILE)
         (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
-        for file in {*folder.iterdir(), *Path(temporary).iterdir()}:
-            if file.is_file():
-                os.replace(file, directory / file.name)
+        written = {file.name: file for file in (*Path(temporary).iterdir(), *folder.iterdir()) if file.is_file()}
+        for name, file in written.items():
+            os.replace(file, directory / name)
+    for name in {SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME} - set(written):  # of an earlier save in the other format
+        (directory / name).unlink(missing_ok=True)
 
 
 def read_state(directory: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:

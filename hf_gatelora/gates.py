@@ -76,10 +76,14 @@ class Gate(nn.Module):
             half = torch.full((1,), 0.5, dtype=torch.float32, device=device)
             self.register_buffer("noise", half, persistent=False)
 
-    def forward(self) -> Tensor:
-        """Gate value, shape (1,), with gradient to the score."""
-        noise = self.noise if self.config.kind == "hard_concrete" and self.training else None
+    def forward(self, noisy: bool = False) -> Tensor:
+        """Gate value, shape (1,), with gradient to the score; `noisy` is for the training forward."""
+        noise = self.noise if self.config.kind == "hard_concrete" and noisy else None
         return gate_values(self.score, self.config, getattr(self, "temperature", 1.0), noise)
+
+    def _apply(self, fn, recurse=True):
+        # `model.to(torch.bfloat16)` and the like move the gate, but its numbers stay fp32.
+        return super()._apply(lambda tensor: tensor.to(device=fn(tensor).device), recurse)
 
 
 def step_noise(config: GateConfig, step: int, count: int) -> Tensor:
@@ -121,7 +125,8 @@ def steered_lambda(open_fraction: Tensor, target: Tensor, progress: float, confi
     needs no state: every rank and every resumed run computes the same. Shapes: one entry per tower.
     """
     wanted = target + (1 - target) * (1 - search_progress(progress, config)) ** 3
-    return STEER_LAMBDA * torch.exp(STEER_GAIN * (open_fraction - wanted))
+    weight = STEER_LAMBDA * torch.exp(STEER_GAIN * (open_fraction - wanted))
+    return torch.where(target < 1, weight, 0.0)  # where all may stay open, nothing is to be pressed for
 
 
 def open_count(fraction: float, blocks: int, what: str = "target_active") -> int:

@@ -34,47 +34,48 @@ RENAMED = {
 }
 
 
-class GatedLora(LoraVariant):
-    """Computes `base(x) + g * (alpha / r) * B A x` for the gate `g` of the layer's block."""
+# The initialisations that leave the base weights as they are.
+PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
-    def __init__(self, gate: Gate):
+
+class GatedLora(LoraVariant):
+    """Computes `base(x) + g * (alpha / r) * B A x` for the gate `g` of the layer's block; None is closed for good."""
+
+    def __init__(self, gate: Gate | None):
         self.gate = gate
 
     def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
         hidden = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
         # Gate and scaling go onto the rank-r intermediate, which is far smaller than the output.
-        hidden = hidden * (self.gate() * module.scaling[active_adapter]).to(hidden.dtype)
+        if self.gate is None:
+            hidden = hidden * 0.0
+        else:
+            gate = self.gate(noisy=module.training)
+            hidden = hidden * (gate * module.scaling[active_adapter]).to(hidden.dtype)
         return result + module.lora_B[active_adapter](hidden)
 
     @torch.no_grad()
-    def _delta(self, module: LoraLayer, adapter: str, weight: Tensor) -> Tensor:
-        was_training = self.gate.training
-        delta = module.get_delta_weight(adapter)
-        delta = (delta * self.gate.eval()().to(delta)).to(weight.dtype)
-        self.gate.train(was_training)
+    def _delta(self, module: LoraLayer, adapter: str, weight: Tensor, gate: Tensor | float) -> Tensor:
+        return (module.get_delta_weight(adapter) * gate).to(weight.dtype)
+
+    @torch.no_grad()
+    def _merge_value(self, module: LoraLayer, adapter: str) -> Tensor | float:
+        value = 0.0 if self.gate is None else self.gate()
         # Unmerging must take away what was added, whatever became of the gate in between.
-        module._cache_store(f"{adapter}-gated-delta", delta)
-        return delta
+        module._cache_store(f"{adapter}-merged-gate", value)
+        return value
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight + self._delta(module, active_adapter, orig_weight)
+        value = self._merge_value(module, active_adapter)
+        return orig_weight + self._delta(module, active_adapter, orig_weight, value)
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        orig_weight.data += self._delta(module, active_adapter, orig_weight)
+        value = self._merge_value(module, active_adapter)
+        orig_weight.data += self._delta(module, active_adapter, orig_weight, value)
 
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        return orig_weight - module._cache_pop(f"{active_adapter}-gated-delta")
-
-
-class ConstantGate(nn.Module):
-    """A gate that is closed for good, without a parameter."""
-
-    def __init__(self, device: torch.device):
-        super().__init__()
-        self.register_buffer("value", torch.zeros(1, device=device), persistent=False)
-
-    def forward(self) -> Tensor:
-        return self.value
+        value = module._cache_pop(f"{active_adapter}-merged-gate")
+        return orig_weight - self._delta(module, active_adapter, orig_weight, value)
 
 
 def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
@@ -87,6 +88,15 @@ def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
     config = model.peft_config[adapter]
     if not isinstance(config, LoraConfig):
         raise TypeError(f"Adapter {adapter!r} is a {type(config).__name__}: only LoRA (LoraConfig) can be gated.")
+    if config.bias != "none":
+        raise ValueError(
+            f"bias={config.bias!r} trains biases of the base model, which no gate can close. Set bias='none'."
+        )
+    if config.init_lora_weights not in PLAIN_INITS:
+        raise ValueError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, so that a closed block would "
+            f"not be the base model. Use one of {PLAIN_INITS}."
+        )
     found = {
         name.removeprefix(PREFIX): module
         for name, module in model.named_modules()
@@ -105,6 +115,11 @@ def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
                 f"{name}: the LoRA variant slot of adapter {adapter!r} is already taken by "
                 f"{type(layer.lora_variant[adapter]).__name__}, so it cannot be gated. Use plain LoRA: switch off "
                 "use_dora and other variants."
+            )
+        if not layer.lora_A[adapter].weight.requires_grad:
+            raise ValueError(
+                f"{name}: the LoRA weights of adapter {adapter!r} do not train. Make it the active adapter "
+                "(set_adapter), and load a saved one with is_trainable=True."
             )
         if layer.lora_bias[adapter]:
             raise ValueError(f"{name}: lora_bias=True cannot be gated. Set lora_bias=False in the LoraConfig.")
@@ -176,8 +191,8 @@ def split_layer(name: str) -> tuple[str, str, str]:
     return parts[0], parts[numbers[-1]], parts[-1]
 
 
-def install(layer: LoraLayer, adapter: str, gate: nn.Module) -> None:
-    """Gate one adapter of a LoRA layer."""
+def install(layer: LoraLayer, adapter: str, gate: Gate | None) -> None:
+    """Gate one adapter of a LoRA layer; None closes it for good."""
     layer.lora_variant[adapter] = GatedLora(gate)
 
 
@@ -219,6 +234,11 @@ def multiplications(layer: LoraLayer, adapter: str) -> tuple[int, int]:
     return sum(p.numel() for p in lora_parameters(layer, adapter)), layer.get_base_layer().weight.numel()
 
 
+def is_merged(layer: LoraLayer) -> bool:
+    """Whether an adapter is merged into the layer's base weight."""
+    return layer.merged
+
+
 def base_weight(layer: LoraLayer) -> Tensor:
     """Weight of the layer below the adapter."""
     return layer.get_base_layer().weight
@@ -237,10 +257,11 @@ def narrow_targets(model: PeftModel, adapter: str, names: list[str]) -> None:
         for name, module in model.named_modules()
         if isinstance(module, (LoraLayer, nn.Linear, nn.modules.conv._ConvNd)) and ".base_layer" not in name
     ]
-    # PEFT matches targets as suffixes: what a full name would catch besides itself must be excluded.
+    # PEFT matches targets as suffixes: what a full name would catch besides itself must be excluded, by a pattern
+    # (which it matches in full), because names in a list would again be suffixes.
     caught = {other for other in every for name in names if other.endswith(f".{name}")} - set(names)
     config.target_modules = list(names)
-    config.exclude_modules = caught or None
+    config.exclude_modules = "|".join(re.escape(name) for name in sorted(caught)) or None
     config.layers_to_transform = config.layers_pattern = None
 
 

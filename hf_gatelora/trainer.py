@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 from .callbacks import GateAnnealingCallback, separate_scores
 from .config import GateConfig
 from .controller import CONTROLLER, attach_gates
+from .export import SUMMARY_FILE
 from .layer import check_targets
 
 
@@ -101,6 +102,11 @@ class GatedLoraTrainer(Trainer):
         model = _adapted(model, peft_config)
         config = args.gate_config() if isinstance(args, GatedLoraTrainingArguments) else GateConfig()
         self.gates = getattr(model, CONTROLLER, None) or attach_gates(model, config, model.active_adapter)
+        if isinstance(args, GatedLoraTrainingArguments) and self.gates.config != config:
+            raise ValueError(
+                f"The model's gates were attached with {self.gates.config}, the training arguments say {config}. Give "
+                "the same settings in both, or plain TrainingArguments."
+            )
         if args is not None and args.activation_checkpointing:
             # Reentrant checkpointing gives no gradient to blocks whose input needs none, as in a frozen vision tower.
             args.activation_checkpointing_kwargs = {
@@ -108,7 +114,6 @@ class GatedLoraTrainer(Trainer):
                 **(args.activation_checkpointing_kwargs or {}),
             }
 
-        self._in_training_step = False
         self._penalty_sum, self._penalty_count = 0.0, 0
         super().__init__(model, args, *trainer_args, callbacks=callbacks, **kwargs)
         annealing = [c for c in self.callback_handler.callbacks if isinstance(c, GateAnnealingCallback)]
@@ -124,37 +129,36 @@ class GatedLoraTrainer(Trainer):
         result = super().compute_loss(
             model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
         )
-        if not self._in_training_step:
-            return result
+        penalty = self.penalty(num_items_in_batch)
+        return (result[0] + penalty, *result[1:]) if return_outputs else result + penalty
+
+    def penalty(self, num_items_in_batch=None) -> torch.Tensor:
+        """The gates' penalty as a `compute_loss` adds it: it counts once per optimizer step, and not in evaluation.
+
+        Args:
+            num_items_in_batch: what Trainer passed to `compute_loss`.
+
+        Returns:
+            A scalar tensor with gradient; 0 in evaluation.
+        """
+        if not (self.model.training and torch.is_grad_enabled()):
+            return torch.zeros((), device=self.args.device)
         penalty = self.gates.penalty()
         self._penalty_sum, self._penalty_count = self._penalty_sum + penalty.detach(), self._penalty_count + 1
-        # The penalty counts once per optimizer step. Trainer divides the loss by the number of micro-batches only
-        # where it was not normalised over all of them before.
+        # Trainer divides the loss by the number of micro-batches only where it was not normalised over all of them.
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
             by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = by_model or self.compute_loss_func is not None
-        if scaled:
-            penalty = penalty / self.current_gradient_accumulation_steps
-        return (result[0] + penalty, *result[1:]) if return_outputs else result + penalty
+        return penalty / self.current_gradient_accumulation_steps if scaled else penalty
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Trainer's step, with a check that the penalty was part of its loss and that the loss is finite.
+        """Trainer's step.
 
         Raises:
-            RuntimeError: where it was not.
+            RuntimeError: where the loss is not finite.
         """
-        reads = self.gates.penalty_reads
-        self._in_training_step = True
-        try:
-            loss = super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            self._in_training_step = False
-        if not self.gates.frozen and self.gates.penalty_reads == reads:
-            raise RuntimeError(
-                f"{type(self).__name__}.compute_loss dropped the gates' penalty, so this would train plain LoRA. Call "
-                "super().compute_loss(...) in it, or add self.gates.penalty() to its loss."
-            )
+        loss = super().training_step(model, inputs, num_items_in_batch)
         # Trainer reads the loss on the host at every step unless logging_nan_inf_filter is off.
         if self.args.logging_nan_inf_filter and not torch.isfinite(loss):
             raise RuntimeError(
@@ -165,8 +169,8 @@ class GatedLoraTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         """Trainer's log; training entries also get the parts of the loss and the state of the gates."""
-        if "loss" in logs and self._penalty_count:
-            penalty = float(self._penalty_sum) / self._penalty_count
+        if "loss" in logs:
+            penalty = float(self._penalty_sum) / max(self._penalty_count, 1)
             self._penalty_sum, self._penalty_count = 0.0, 0
             logs = {**logs, "task_loss": logs["loss"] - penalty, "penalty": penalty, **gate_logs(self.gates)}
         super().log(logs, start_time)
@@ -183,7 +187,12 @@ class GatedLoraTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if not given:
             separate_scores(self.gates, optimizer, None)
-        elif not self.gates.frozen:
+        elif self.gates.frozen:
+            # Made before a frozen checkpoint was loaded: it still holds what that took out of the model.
+            left = {id(p) for p in self.model.parameters()}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) in left]
+        else:
             groups = [g for g in optimizer.param_groups for p in g["params"] if p is self.gates.score_parameters()[0]]
             if not groups or groups[0].get("weight_decay", 0.0) != 0.0:
                 raise ValueError(
@@ -201,13 +210,38 @@ class GatedLoraTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self.gates.check_resumable(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.gates.restore(resume_from_checkpoint)
+        folder = self._gated_folder(resume_from_checkpoint)
+        self.gates.check_resumable(folder)
+        self._load_adapters(resume_from_checkpoint)
+        self.gates.restore(folder)
+
+    def _load_best_model(self):
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_adapters(self.state.best_model_checkpoint)
+
+    def _gated_folder(self, checkpoint) -> Path:
+        # Beside an adapter that is called "default" the gated one lies in a folder of its own.
+        inner = Path(checkpoint) / self.gates.adapter_name
+        return inner if (inner / SUMMARY_FILE).is_file() else Path(checkpoint)
+
+    def _load_adapters(self, checkpoint) -> None:
+        # Trainer would take the adapter at the top of the folder for the one that is called "default".
+        active = self.model.active_adapters
+        for name in self.model.peft_config:
+            folder = Path(checkpoint) if name == "default" else Path(checkpoint) / name
+            if name == self.gates.adapter_name:
+                folder = self._gated_folder(checkpoint)
+            self.model.load_adapter(str(folder), name, is_trainable=name in active)
 
     def _determine_best_metric(self, metrics, trial):
-        # What an evaluation before the freeze measures is not what the run ends with.
-        return super()._determine_best_metric(metrics, trial) if self.gates.frozen else False
+        best = super()._determine_best_metric(metrics, trial)
+        if not self.gates.frozen:
+            # What an evaluation before the freeze measures is not what the run ends with.
+            self.state.best_metric = self.state.best_global_step = None
+            return False
+        return best
 
 
 def gate_logs(gates) -> dict[str, float]:
@@ -229,7 +263,8 @@ def last_complete_checkpoint(output_dir: str) -> str:
         ValueError: where there is none.
     """
     root = Path(output_dir)
-    folders = sorted(root.glob("checkpoint-*"), key=lambda p: int(p.name.rsplit("-", 1)[1]), reverse=True)
+    folders = [folder for folder in root.glob("checkpoint-*") if folder.name.rsplit("-", 1)[1].isdigit()]
+    folders.sort(key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
     for folder in folders:
         try:
             json.loads((folder / "trainer_state.json").read_text())

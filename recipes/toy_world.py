@@ -93,9 +93,7 @@ def outline(shape: str) -> np.ndarray:
 
 
 OUTLINES = {shape: outline(shape) for shape in SHAPES}
-GRID = np.stack(np.meshgrid(np.arange(SIZE), np.arange(SIZE)), -1).astype(
-    np.float32
-)  # pixel centres, as points (x, y)
+GRID = np.stack(np.meshgrid(np.arange(SIZE), np.arange(SIZE)), -1).astype(np.float32)  # pixel centres, as points (x, y)
 
 
 def place(shape: str, rng: np.random.Generator) -> np.ndarray:
@@ -114,9 +112,7 @@ def fill(points: np.ndarray) -> np.ndarray:
     return np.asarray(canvas.reduce(SCALE), dtype=np.float32)[..., None] / 255
 
 
-def stroke(
-    points: np.ndarray, width: float, shake: float, gaps: float, rng: np.random.Generator
-) -> np.ndarray:
+def stroke(points: np.ndarray, width: float, shake: float, gaps: float, rng: np.random.Generator) -> np.ndarray:
     """Coverage (0..1) by a hand-drawn outline: `shake` pixels of wobble, a share `gaps` of it left out."""
     ends = np.roll(points, -1, 0)
     pieces = np.maximum(1, np.linalg.norm(ends - points, axis=1) // 4).astype(int)
@@ -133,12 +129,7 @@ def stroke(
 def blobs(rng: np.random.Generator, cells: int, depth: int = 3) -> np.ndarray:
     """Smooth random clutter (0..1)."""
     small = PILImage.fromarray(rng.integers(0, 256, (cells, cells, depth), dtype=np.uint8).squeeze())
-    return (
-        np.asarray(small.resize((SIZE, SIZE), PILImage.Resampling.BICUBIC), np.float32).reshape(
-            SIZE, SIZE, -1
-        )
-        / 255
-    )
+    return np.asarray(small.resize((SIZE, SIZE), PILImage.Resampling.BICUBIC), np.float32).reshape(SIZE, SIZE, -1) / 255
 
 
 def blur(x: np.ndarray, radius: float) -> np.ndarray:
@@ -283,9 +274,7 @@ def to_pixels(pictures: torch.Tensor) -> torch.Tensor:
     return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def pretrain(
-    model: CLIPModel, tokenizer: CLIPTokenizer, pictures: np.ndarray, kinds: np.ndarray, bar: tqdm
-) -> None:
+def pretrain(model: CLIPModel, tokenizer: CLIPTokenizer, pictures: np.ndarray, kinds: np.ndarray, bar: tqdm) -> None:
     """Match every picture with its captions - single words and all three - among those of its batch."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device).train()

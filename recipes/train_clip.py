@@ -8,6 +8,7 @@ tuned one are evaluated on the ID test set, each OOD set and each retention set.
 """
 
 import sys
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,8 +24,10 @@ from hf_gatelora.evaluation.results import Results, read_results
 from hf_gatelora.evaluation.retrieval import recall_at
 from hf_gatelora.evaluation.zero_shot import image_features, text_features, top1_accuracy
 from hf_gatelora.hub.plots import gate_map
+from hf_gatelora.layer import check_targets
 
 MODES = ("classification", "contrastive")
+TOWERS = ("vision", "text")
 METHODS = ("gated", "lora")
 
 
@@ -49,6 +52,9 @@ class ClipArguments:
     lora_r: int = field(default=16, metadata={"help": "rank"})
     lora_alpha: int = field(default=None, metadata={"help": "alpha; default: the rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before A"})
+    towers: list[str] = field(
+        default_factory=lambda: ["vision", "text"], metadata={"help": "which towers get LoRA blocks: vision, text"}
+    )
     lora_targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
         metadata={"help": "names of the modules that get a LoRA block"},
@@ -62,6 +68,8 @@ class ClipArguments:
             raise ValueError(f"--mode {self.mode!r} is not known: use one of {MODES}.")
         if not set(self.methods) <= set(METHODS):
             raise ValueError(f"--methods {self.methods} is not known: use some of {METHODS}.")
+        if not self.towers or not set(self.towers) <= set(TOWERS):
+            raise ValueError(f"--towers {self.towers} is not known: use some of {TOWERS}.")
         if "{}" not in self.prompt:
             raise ValueError(f"--prompt {self.prompt!r} has no {{}} for the class name.")
 
@@ -153,19 +161,22 @@ def train(
 ):
     """Train one method; returns its trainer and step timer."""
     set_seed(training.seed)
+    model = clip.model()
     lora = LoraConfig(
         r=arguments.lora_r,
         lora_alpha=arguments.lora_alpha or arguments.lora_r,
         lora_dropout=arguments.lora_dropout,
         target_modules=arguments.lora_targets,
     )
+    check_targets(model, lora)  # each name, before they become one pattern
+    lora.target_modules = rf"({'|'.join(arguments.towers)})_model\..*\.({'|'.join(arguments.lora_targets)})"
     common = {"args": training, "train_dataset": data, "processing_class": clip.processor}
     common |= trainer_parts(clip, arguments, data)
     if method == "gated":
-        trainer = GatedLoraTrainer(clip.model(), peft_config=lora, **common)
+        trainer = GatedLoraTrainer(model, peft_config=lora, **common)
         timer = StepTimer(lambda: trainer.gates.frozen)
     else:
-        trainer = Trainer(get_peft_model(clip.model(), lora), **common)
+        trainer = Trainer(get_peft_model(model, lora), **common)
         timer = StepTimer()
     trainer.add_callback(timer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
@@ -173,9 +184,11 @@ def train(
 
 
 def main(argv: list[str]) -> None:
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
     arguments, training = parse_arguments([ClipArguments, GatedLoraTrainingArguments], argv)
     # The labels are not an argument of CLIPModel.forward: Trainer would drop them.
     training.remove_unused_columns, training.label_names = False, ["labels"]
+    training.dataloader_pin_memory &= torch.cuda.is_available()
     output, writes = Path(training.output_dir), PartialState().is_main_process
     clip = Clip(arguments.model)
 

@@ -158,14 +158,17 @@ def test_an_optimizer_without_the_scores_is_refused(family, tmp_path):
     base = family["model"]()
     model = get_peft_model(base, lora_config(base))
     gates = attach_gates(model, GateConfig(target_active=0.5))
+    same = {"gate_target_active": 0.5, "gate_warmup_ratio": 0.1}
+    with pytest.raises(ValueError, match="gates were attached with"):
+        make_trainer(family, tmp_path, model=model)
     others = [p for n, p in model.named_parameters() if "lora_" in n]
     decayed = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.1)
     for optimizer, message in ((torch.optim.AdamW(others), "does not update"), (decayed, "decays")):
-        trainer = make_trainer(family, tmp_path, model=model)
+        trainer = make_trainer(family, tmp_path, model=model, **same)
         trainer.optimizer = optimizer
         with pytest.raises(ValueError, match=f"{message} the gates' scores"):
             trainer.train()
-    trainer = make_trainer(family, tmp_path, model=model)
+    trainer = make_trainer(family, tmp_path, model=model, **same)
     trainer.optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-2, weight_decay=0.1))
     trainer.train()
     assert gates.frozen

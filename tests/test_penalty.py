@@ -114,8 +114,18 @@ def test_a_compute_loss_that_drops_the_penalty_is_an_error(family, tmp_path):
 
     class Adding(Dropping):
         def compute_loss(self, model, inputs, **kwargs):
-            return super().compute_loss(model, inputs) + self.gates.penalty()
+            return super().compute_loss(model, inputs) + self.penalty(kwargs.get("num_items_in_batch"))
 
-    with pytest.raises(RuntimeError, match="dropped the gates' penalty"):
+    class OwnStep(GatedLoraTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            model.train()
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    with pytest.raises(RuntimeError, match="penalty was not part of this step's loss"):
         make_trainer(family, tmp_path, trainer_class=Dropping).train()
-    make_trainer(family, tmp_path, trainer_class=Adding).train()
+    for trainer_class in (Adding, OwnStep):
+        trainer = make_trainer(family, tmp_path, trainer_class=trainer_class)
+        trainer.train()
+        assert any(row.get("penalty", 0) > 0 for row in trainer.state.log_history)
