@@ -119,13 +119,13 @@ def separate_scores(gates: GateController, optimizer, lr_scheduler) -> None:
         ValueError: where the learning-rate scheduler cannot take another group.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
-    scores = {id(p): p for p in gates.score_parameters()}
+    scores = {id(p) for p in gates.score_parameters()}
     holding = [g for g in inner.param_groups if any(id(p) in scores for p in g["params"])]
     if all(g["weight_decay"] == 0 and all(id(p) in scores for p in g["params"]) for g in holding) and holding:
         return
     for group in holding:
         group["params"] = [p for p in group["params"] if id(p) not in scores]
-    inner.add_param_group({"params": list(scores.values()), "lr": gates.config.learning_rate, "weight_decay": 0.0})
+    inner.add_param_group(gates.score_group())
     if lr_scheduler is None:
         return
     if not isinstance(lr_scheduler, LambdaLR):

@@ -4,7 +4,6 @@ import hashlib
 import logging
 import math
 import re
-import types
 import weakref
 from pathlib import Path
 
@@ -105,7 +104,7 @@ class GateController:
         self._optimizers: list[weakref.ref] = []
         _CONTROLLERS.add(self)
 
-        model.save_pretrained = types.MethodType(_save_pretrained, model)
+        model.save_pretrained = self.save_pretrained
         self._refresh()
 
     # ---- what is gated ------------------------------------------------------------------------------------------
@@ -447,6 +446,28 @@ class GateController:
             self._write(directory)
         PartialState().wait_for_everyone()
 
+    def save_pretrained(
+        self,
+        save_directory,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        is_main_process: bool = True,
+        **kwargs,
+    ) -> None:
+        """`PeftModel.save_pretrained` of the gated model: the gated adapter is written folded, the others as always.
+
+        The folded adapter's files lie in `save_directory` itself, unless the adapter named "default" is also saved.
+        """
+        selected = list(self.model.peft_config) if selected_adapters is None else list(selected_adapters)
+        kwargs["safe_serialization"] = safe_serialization
+        others = [name for name in selected if name != self.adapter_name]
+        if others:
+            PeftModel.save_pretrained(
+                self.model, save_directory, selected_adapters=others, is_main_process=is_main_process, **kwargs
+            )
+        if self.adapter_name in selected and is_main_process:
+            self._write(Path(save_directory) / (self.adapter_name if "default" in others else ""), **kwargs)
+
     def _write(self, directory, **kwargs) -> None:
         values = self.gates.tolist()
         factors = {m: v for members, v in zip(self.blocks.values(), values, strict=True) for m in members}
@@ -462,10 +483,18 @@ class GateController:
         scores = self.score_parameters()
         own = {id(p) for p in scores}
         others = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
-        return [
-            {"params": others, "lr": lr, "weight_decay": weight_decay},
-            {"params": scores, "lr": self.config.learning_rate, "weight_decay": 0.0},
-        ]
+        return [{"params": others, "lr": lr, "weight_decay": weight_decay}, self.score_group()]
+
+    def score_group(self) -> dict:
+        """Optimizer group of the scores alone.
+
+        Adam's epsilon is a tenth of the penalty's gradient per gate. With the usual 1e-8 Adam would blow every
+        gradient up to a full step, also one that is nothing beside the penalty, and such noise would decide which
+        blocks open. Other optimizers ignore the entry.
+        """
+        epsilon = 0.1 * (self.config.lambda_ or maths.STEER_LAMBDA) / len(self.blocks)
+        rate = self.config.learning_rate
+        return {"params": self.score_parameters(), "lr": rate, "weight_decay": 0.0, "eps": epsilon}
 
     def _notice(self, optimizer: torch.optim.Optimizer) -> None:
         if self.frozen or any(known() is optimizer for known in self._optimizers):
@@ -595,28 +624,6 @@ class GateController:
                 )
             ],
         }
-
-
-def _save_pretrained(
-    model: PeftModel,
-    save_directory,
-    safe_serialization: bool = True,
-    selected_adapters: list[str] | None = None,
-    **kwargs,
-) -> None:
-    """`PeftModel.save_pretrained` of a gated model: the gated adapter is written folded, the others as always.
-
-    The folded adapter's files lie in `save_directory` itself, unless the adapter named "default" is also saved.
-    """
-    controller = getattr(model, CONTROLLER)
-    kwargs["safe_serialization"] = safe_serialization
-    selected = list(model.peft_config) if selected_adapters is None else list(selected_adapters)
-    others = [name for name in selected if name != controller.adapter_name]
-    if others:
-        PeftModel.save_pretrained(model, save_directory, selected_adapters=others, **kwargs)
-    if controller.adapter_name in selected and kwargs.pop("is_main_process", True):
-        inner = controller.adapter_name if "default" in others else ""
-        controller._write(Path(save_directory) / inner, **kwargs)
 
 
 def _partition(field: str, patterns: list[str], names: list[str], texts: list[list[str]], what: str) -> dict:

@@ -58,22 +58,30 @@ def load_images(source: str):
     """
     if source.startswith(f"{TOY}:"):
         source = str(toy_world.ensure_world() / "data" / f"{source.removeprefix(f'{TOY}:')}.parquet")
-    path, _, split = source.rpartition(":") if ":" in source and not Path(source).exists() else (source, "", "train")
-    split = split or "train"
-    if Path(path).is_file():
-        kind = {".parquet": "parquet", ".arrow": "arrow"}.get(Path(path).suffix)
+    path, _, split = source.rpartition(":") if ":" in source and not Path(source).exists() else (source, "", "")
+    file = Path(path)
+    if split and (file.is_file() or (file / "state.json").is_file()):
+        raise ValueError(f"{source}: {path} holds one data set, without splits. Leave out {split!r}.")
+    if file.is_file():
+        kind = {".parquet": "parquet", ".arrow": "arrow"}.get(file.suffix)
         if kind is None:
             raise ValueError(f"{path}: give a .parquet or .arrow file, a folder, or a Hub id.")
         data = load_dataset(kind, data_files=path, split="train")
-    elif (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
+    elif (file / "state.json").is_file():
         data = load_from_disk(path)
-        data = data[split] if isinstance(data, dict) else data
-    elif Path(path).is_dir():
-        data = load_dataset("imagefolder", data_dir=path, split=split)
-    elif path.count("/") > 1 or Path(path).suffix:
+    elif (file / "dataset_dict.json").is_file():
+        parts = load_from_disk(path)
+        if (split or "train") not in parts:
+            raise ValueError(
+                f"{source}: no split {split or 'train'!r}, there are {sorted(parts)}. Give one as path:split."
+            )
+        data = parts[split or "train"]
+    elif file.is_dir():
+        data = load_dataset("imagefolder", data_dir=path, split=split or "train")
+    elif path.count("/") > 1 or file.suffix:
         raise ValueError(f"{source}: no such file or folder.")
     else:
-        data = load_dataset(path, split=split)
+        data = load_dataset(path, split=split or "train")
     columns = [name for name, feature in data.features.items() if isinstance(feature, Image)]
     if len(columns) != 1:
         found = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in data.features.items())
@@ -90,6 +98,7 @@ class LabelledImages(torch.utils.data.Dataset):
     Args:
         source: as for `load_images`.
         transform: from an RGB image to `pixel_values`.
+        class_names: the classes that string labels index; None takes those that occur.
         label_column, caption_column: names of these columns; the label column must hold `ClassLabel`s or strings.
 
     Raises:
@@ -97,32 +106,40 @@ class LabelledImages(torch.utils.data.Dataset):
             be read.
     """
 
-    def __init__(self, source: str, transform: Callable, label_column: str = "label", caption_column: str = "caption"):
+    def __init__(
+        self,
+        source: str,
+        transform: Callable,
+        label_column: str = "label",
+        caption_column: str = "caption",
+        class_names: list[str] | None = None,
+    ):
         self.source, self.transform = source, transform
         self.data, self.image_column = load_images(source)
         self.class_names: list[str] | None = None
         self.labels = self.captions = None
         if label_column in self.data.features:
-            self._read_labels(label_column)
+            self._read_labels(label_column, class_names)
         if caption_column in self.data.features:
             self.captions = list(self.data[caption_column])
 
-    def _read_labels(self, column: str) -> None:
+    def _read_labels(self, column: str, class_names: list[str] | None) -> None:
         feature, values = self.data.features[column], list(self.data[column])
         if isinstance(feature, ClassLabel):
             self.class_names = list(feature.names)
-        elif isinstance(values[0], str):
-            self.class_names = sorted(set(values))
-            values = [self.class_names.index(value) for value in values]
+        elif getattr(feature, "dtype", None) == "string":
+            self.class_names = class_names or sorted(set(values) - {None})
+            index = {name: i for i, name in enumerate(self.class_names)}
+            values = [index.get(value, value) for value in values]
         else:
             raise ValueError(
                 f"{self.source}: column {column!r} holds {feature}, without class names. Cast it with "
                 f'data.cast_column("{column}", datasets.ClassLabel(names=[...])), or use strings.'
             )
         for row, value in enumerate(values):
-            if value is None or not 0 <= value < len(self.class_names):
+            if not isinstance(value, int) or not 0 <= value < len(self.class_names):
                 raise ValueError(
-                    f"{self.source}, row {row}: label {value} lies outside the {len(self.class_names)} classes "
+                    f"{self.source}, row {row}: label {value!r} lies outside the {len(self.class_names)} classes "
                     f"({', '.join(self.class_names[:5])}, ...)."
                 )
         self.labels = torch.tensor(values)
@@ -197,11 +214,13 @@ def table(rows: list[dict]) -> str:
     Accuracies are in percent, with their change against the method `base` in points.
     """
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    columns = [
-        Column(f"{'ID' if role == 'id' else 'OOD' if role == 'ood' else role} {data}", role, data)
-        for role in ("id", "ood", "retention")
-        for data in dict.fromkeys(row["data"] for row in rows if row["role"] == role)
-    ]
+    columns = []
+    for role, title in (("id", "ID"), ("ood", "OOD"), ("retention", "retention")):
+        measured = dict.fromkeys((row["data"], row["metric"]) for row in rows if row["role"] == role)
+        several = len({metric for _, metric in measured}) > 1
+        columns += [
+            Column(f"{title} {data}{f' {metric}' if several else ''}", role, data, metric) for data, metric in measured
+        ]
     costs = ["open_blocks", "trainable_parameters", "adapter_bytes", "seconds_per_step"]
     columns += [Column(metric.replace("_", " "), "cost", metric=metric) for metric in costs]
 

@@ -61,6 +61,9 @@ class ClipArguments:
     )
 
     def __post_init__(self):
+        for name in ("methods", "towers", "lora_targets"):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])
         for name in ("model", "train", "test"):
             if getattr(self, name) is None:
                 raise ValueError(f"--{name} is missing: give it on the command line or in the YAML file.")
@@ -183,6 +186,12 @@ def train(
     return trainer, timer
 
 
+def not_default(training: GatedLoraTrainingArguments) -> dict:
+    """The training arguments that differ from their defaults."""
+    defaults = GatedLoraTrainingArguments().to_dict()
+    return {name: value for name, value in training.to_dict().items() if value != defaults[name]}
+
+
 def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
     arguments, training = parse_arguments([ClipArguments, GatedLoraTrainingArguments], argv)
@@ -192,16 +201,23 @@ def main(argv: list[str]) -> None:
     output, writes = Path(training.output_dir), PartialState().is_main_process
     clip = Clip(arguments.model)
 
-    def images(source):
-        return LabelledImages(source, clip.pixels, arguments.label_column, arguments.caption_column)
+    def images(source, class_names=None):
+        return LabelledImages(source, clip.pixels, arguments.label_column, arguments.caption_column, class_names)
 
     data = images(arguments.train)
-    suite = {("id", "test"): images(arguments.test)}
+    suite = {("id", "test"): images(arguments.test, data.class_names)}
     for role in ("ood", "retention"):
         for name, source in parse_named_sources(role, getattr(arguments, role)).items():
-            suite[role, name] = images(source)
+            suite[role, name] = images(source, data.class_names if role == "ood" else None)
 
-    results = Results(output / "results.jsonl", model=arguments.model, seed=training.seed, arguments=asdict(arguments))
+    stated = {**asdict(arguments), **not_default(training)}
+    results = Results(output / "results.jsonl", model=arguments.model, seed=training.seed, arguments=stated)
+    if training.resume_from_checkpoint and training.resume_from_checkpoint.lower() == "true":
+        training.resume_from_checkpoint = True  # the last checkpoint of each method
+    elif training.resume_from_checkpoint and len(arguments.methods) > 1:
+        raise ValueError(
+            "--resume_from_checkpoint FOLDER belongs to one method: give --methods with that one, or true."
+        )
     batch_size = training.per_device_eval_batch_size
     for i, method in enumerate(arguments.methods):
         folder = output / method
