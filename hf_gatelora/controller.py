@@ -368,7 +368,10 @@ class GateController:
         else:
             towers, counts = zip(*self._counts, strict=True)
             mask = maths.select_open(self._ranking(), list(towers), list(counts))
+        optimizers = self._optimizers
         self._close(mask)
+        if self.config.rewind:
+            self._rewind([known() for known in optimizers])
         if self.degenerate:
             logger.warning(self.degenerate)
 
@@ -399,6 +402,16 @@ class GateController:
         delattr(self.model, GATES)
         self._lambda = torch.zeros_like(self._lambda)
         self._forget(removed)
+
+    def _rewind(self, optimizers: list) -> None:
+        """Bring the open blocks back to the base model, as LoRA starts: B = 0. A stays as trained."""
+        for is_open, members in zip(self._open.tolist(), self.blocks.values(), strict=True):
+            for name in members if is_open else []:
+                a, b = seam.lora_parameters(self._layers[name], self.adapter_name)
+                b.zero_()
+                for optimizer in filter(None, optimizers):
+                    optimizer.state.pop(a, None)
+                    optimizer.state.pop(b, None)
 
     def _close_module(self, name: str, keep: bool) -> list[nn.Parameter]:
         layer = self._layers[name]

@@ -38,6 +38,7 @@ class GatedLoraTrainingArguments(TrainingArguments):
     gate_cost: str = field(default="uniform", metadata={"help": "uniform, parameters, compute, or JSON {gate: cost}"})
     gate_criterion: str = field(default="score", metadata={"help": "what ranks gates at the freeze: score or norm"})
     gate_seed: int = field(default=0, metadata={"help": "seed of the hard concrete noise"})
+    gate_rewind: bool = field(default=False, metadata={"help": "open blocks start again from B = 0 at the freeze"})
 
     def __post_init__(self):
         super().__post_init__()

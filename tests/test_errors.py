@@ -25,6 +25,9 @@ CONFIGS = {
     "rate": ({"learning_rate": 0.0}, "learning_rate=0.0 is out of range: it must be a number > 0"),
     "granularity": ({"granularity": "block"}, "granularity='block' is not known"),
     "cost": ({"cost": {"a": 0}}, r"cost\['a'\]=0 is out of range"),
+    "granularity_type": ({"granularity": None}, "granularity=None must be"),
+    "cost_type": ({"cost": None}, "cost=None must be"),
+    "seed": ({"seed": 1.5}, "seed=1.5 must be an integer"),
     "criterion": ({"criterion": "gradient"}, "criterion='gradient' is not known"),
 }
 
@@ -76,6 +79,14 @@ def test_what_cannot_be_gated():
         attach_gates(clip_model(target_modules=["token_embedding", "fc1"]), config)
     with pytest.raises(ValueError, match=r"variant slot .* already taken by DoraLinearVariant"):
         attach_gates(clip_model(use_dora=True), config)
+    with pytest.raises(ValueError, match="bias='lora_only' trains biases of the base model"):
+        attach_gates(clip_model(bias="lora_only"), config)
+    with pytest.raises(ValueError, match="init_lora_weights='pissa' changes the base weights"):
+        attach_gates(clip_model(init_lora_weights="pissa"), config)
+    two = clip_model()
+    two.add_adapter("other", lora_config(two.get_base_model()))
+    with pytest.raises(ValueError, match="weights of adapter 'other' do not train"):
+        attach_gates(two, config, adapter_name="other")
     with pytest.raises(ValueError, match="lora_bias=True cannot be gated"):
         attach_gates(clip_model(lora_bias=True), config)
 

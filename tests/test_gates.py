@@ -206,6 +206,21 @@ def test_fold_twice_and_train_on(family):
     assert len(again.names) == round(0.5 * len(gates.names))
 
 
+def test_rewind_starts_the_open_blocks_again_from_the_base(family):
+    model, gates = gated(family, rewind=True)
+    optimizer = torch.optim.AdamW(gates.param_groups(lr=0.01))
+    score_gradients(model, gates, family)
+    optimizer.step()
+    weights = {n: p.clone() for n, p in model.named_parameters() if "lora_A" in n}
+    gates.freeze()
+    assert gates.active_fraction == 0.5
+    assert torch.equal(outputs_of(family, model), outputs_of(family, family["model"]()))
+    left = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    assert len(left) == 2 * gates.open_mask.sum()
+    assert all(torch.equal(p, weights[n]) if "lora_A" in n else not p.any() for n, p in left.items())
+    assert not optimizer.state_dict()["state"]
+
+
 def test_freezing_a_merged_model_is_refused(family):
     model, gates = gated(family)
     model.merge_adapter()

@@ -90,7 +90,7 @@ def test_accumulation_does_not_change_the_scores(family, tmp_path, kind):
         trainer.train()
         runs.append(trainer)
     first, second = (t.gates for t in runs)
-    assert (first.scores - 0.15).abs().max() > 5e-3, "the scores have not moved"
+    assert (first.scores - 0.15).abs().max() > 1e-3, "the scores have not moved"
     torch.testing.assert_close(first.scores, second.scores, atol=1e-5, rtol=0)
     assert first.open_mask.tolist() == second.open_mask.tolist()
     losses = [[row["penalty"] for row in t.state.log_history if "penalty" in row] for t in runs]

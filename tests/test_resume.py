@@ -10,6 +10,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from hf_gatelora import GateConfig, attach_gates
 from hf_gatelora.config import KINDS
 
 FREEZE = 8  # of 16 steps
@@ -44,14 +45,15 @@ def assert_identical(actual, expected, path="run"):
         assert actual == expected, path
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_resumed_is_uninterrupted(family, kind, tmp_path):
-    whole = make_trainer(family, tmp_path, gate_kind=kind, **RUN)
+@pytest.mark.parametrize(("kind", "rewind"), [*((kind, False) for kind in KINDS), ("straight_through", True)])
+def test_resumed_is_uninterrupted(family, kind, rewind, tmp_path):
+    settings = {"gate_kind": kind, "gate_rewind": rewind, **RUN}
+    whole = make_trainer(family, tmp_path, **settings)
     whole.train()
     expected = end_state(whole)
     assert 0 < expected["gates"]["open"] < expected["gates"]["gates"]
     for step in (2, FREEZE - 1, FREEZE, FREEZE + 4):
-        resumed = make_trainer(family, tmp_path / "resumed", gate_kind=kind, **RUN)
+        resumed = make_trainer(family, tmp_path / "resumed", **settings)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert_identical(end_state(resumed), expected, f"from step {step}")
 
@@ -151,6 +153,46 @@ def test_a_checkpoint_of_another_run_is_refused(family, case, step, tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
 
 
+def with_adapters(family, names):
+    """A model whose first adapter is to be gated; the others do something of their own."""
+    base = family["model"]()
+    model = get_peft_model(base, lora_config(base), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, lora_config(base))
+        for key, parameter in model.named_parameters():
+            if f"lora_B.{name}." in key:
+                parameter.data.fill_(0.1)
+    return model
+
+
+@pytest.mark.parametrize("adapters", [["mine", "other"], ["mine", "default"]])
+@pytest.mark.parametrize("step", [4, 12])
+def test_resumed_beside_another_adapter(family, adapters, step, tmp_path):
+    whole = make_trainer(family, tmp_path, model=with_adapters(family, adapters), **RUN)
+    whole.train()
+    resumed = make_trainer(family, tmp_path / "resumed", model=with_adapters(family, adapters), **RUN)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert_identical(end_state(resumed), end_state(whole))
+    assert list(resumed.model.peft_config) == adapters
+
+
+@pytest.mark.parametrize("step", [4, 8, 12])
+def test_resumed_with_an_optimizer_of_ones_own(family, step, tmp_path):
+    def trainer(output):
+        base = family["model"]()
+        model = get_peft_model(base, lora_config(base))
+        gates = attach_gates(model, GateConfig(target_active=0.2, warmup_ratio=0.25))
+        trainer = make_trainer(family, output, model=model, **RUN)
+        trainer.optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-2))
+        return trainer
+
+    whole = trainer(tmp_path)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert_identical(end_state(resumed), end_state(whole))
+
+
 def test_a_folder_that_is_no_checkpoint_is_refused(family, tmp_path):
     with pytest.raises(ValueError, match=r"not a checkpoint of gated LoRA"):
         make_trainer(family, tmp_path).train(resume_from_checkpoint=str(tmp_path))
@@ -161,10 +203,9 @@ def accuracy_that_falls(step=[0]):  # noqa: B006 - counts its calls
     return {"score": -float(step[0])}
 
 
-@pytest.mark.parametrize("adapter_name", ["default", "mine"])
-def test_best_model_is_from_after_the_freeze(family, adapter_name, tmp_path):
-    base = family["model"]()
-    model = get_peft_model(base, lora_config(base), adapter_name=adapter_name)
+@pytest.mark.parametrize("adapters", [["default"], ["mine"], ["mine", "other"], ["mine", "default"]])
+def test_best_model_is_from_after_the_freeze(family, adapters, tmp_path):
+    model = with_adapters(family, adapters)
     saved = {}
 
     class Outputs(TrainerCallback):
