@@ -33,6 +33,8 @@ def _notice(optimizer, args, kwargs) -> None:
 register_optimizer_step_post_hook(_notice)
 
 CONTROLLER = "gate_controller"  # attribute of the PeftModel
+# Attributes that DeepSpeed ZeRO-3, ZeRO-1/2 and FSDP put on the parameters that they manage.
+SHARDED = ("ds_id", "_hp_mapping", "device_mesh")
 GATES = "gates"  # child module of the PeftModel: {adapter name: list of gates}
 
 
@@ -216,7 +218,13 @@ class GateController:
         return [] if self.frozen else [gate.score for gate in self._gates]
 
     def _read_scores(self) -> Tensor:
-        return torch.cat([gate.score for gate in self._gates])
+        gates = self._gates
+        if any(hasattr(gates[0].score, mark) for mark in SHARDED):
+            raise RuntimeError(
+                "The gates' scores are sharded by DeepSpeed or FSDP, which is not supported yet: the penalty would "
+                "lose its gradient. Prepare the model for one process, or for plain data parallelism (DDP)."
+            )
+        return torch.cat([gate.score for gate in gates])
 
     @property
     def frozen(self) -> bool:

@@ -117,6 +117,11 @@ class GatedLoraTrainer(Trainer):
 
         self._penalty_sum, self._penalty_count = 0.0, 0
         super().__init__(model, args, *trainer_args, callbacks=callbacks, **kwargs)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "DeepSpeed and FSDP shard the gates' scores, which is not supported yet: the penalty would lose its "
+                "gradient. Launch with one process, or with several in plain data parallelism (DDP)."
+            )
         annealing = [c for c in self.callback_handler.callbacks if isinstance(c, GateAnnealingCallback)]
         for callback in annealing:
             callback.add_penalty = False  # compute_loss adds it
