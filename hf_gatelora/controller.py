@@ -1,9 +1,7 @@
 """`attach_gates` puts gates on the LoRA layers of a `PeftModel`; `GateController` is the handle to them."""
 
-import hashlib
 import logging
 import math
-import re
 import weakref
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import gates as maths
 from . import layer as seam
+from .blocks import find_towers, gate_costs, group_modules, open_counts
 from .config import GateConfig
 from .export import load_raw, read_state, write_adapter
 
@@ -82,12 +81,14 @@ class GateController:
         self.model, self.config, self.adapter_name = model, config, adapter_name
         self._layers = layers
         self._device = next(iter(layers.values())).lora_A[adapter_name].weight.device
-        self._sizes = {name: self._multiplications(name)[0] for name in layers}
-        self.blocks: dict[str, list[str]] = self._group(list(layers))
-        self.towers: dict[str, list[int]] = self._towers()
-        self._counts = self._budget()
-        self._costs = self._gate_costs()
-        self._fingerprint = self._base_fingerprint()
+        multiplications = {name: seam.multiplications(layer, adapter_name) for name, layer in layers.items()}
+        self._sizes = {name: adapter for name, (adapter, _) in multiplications.items()}
+        self.blocks: dict[str, list[str]] = group_modules(model, list(layers), config)
+        self.towers: dict[str, list[int]] = find_towers(self.blocks, config)
+        self._counts = open_counts(self.towers, len(self.blocks), config)
+        costs = gate_costs(self.blocks, multiplications, config)
+        self._costs = torch.tensor(costs, dtype=torch.float32, device=self._device)
+        self._fingerprint = seam.fingerprint(layers)
 
         gates = nn.ModuleList(maths.Gate(config, self._device) for _ in self.blocks)
         for gate, members in zip(gates, self.blocks.values(), strict=True):
@@ -102,105 +103,13 @@ class GateController:
         self._open: Tensor | None = None  # boolean mask, once frozen
         self._scores = self._read_scores().detach()
         self._lambda = torch.zeros(len(self.towers), device=self._device)
-        self._tower_of = self._tower_index()
+        index = {i: t for t, members in enumerate(self.towers.values()) for i in members}
+        self._tower_of = torch.tensor([index[i] for i in range(len(index))], device=self._device)
         self._optimizers: list[weakref.ref] = []
         _CONTROLLERS.add(self)
 
         model.save_pretrained = self.save_pretrained
         self._refresh()
-
-    # ---- what is gated ------------------------------------------------------------------------------------------
-
-    def _group(self, modules: list[str]) -> dict[str, list[str]]:
-        granularity = self.config.granularity
-        if granularity == "module":
-            return {name: [name] for name in modules}
-        blocks: dict[str, list[str]] = {}
-        if granularity == "layer":
-            for name in modules:
-                blocks.setdefault(seam.layer_of(self.model, name), []).append(name)
-            return blocks
-        for pattern, members in _partition(
-            "granularity", granularity, modules, [[m] for m in modules], "LoRA module"
-        ).items():
-            blocks[pattern] = [modules[i] for i in members]
-        return blocks
-
-    def _towers(self) -> dict[str, list[int]]:
-        names = list(self.blocks)
-        if isinstance(self.config.target_active, dict):
-            # A group is named by its regex: what tells its tower are its modules.
-            texts = [[name] if isinstance(self.config.granularity, str) else self.blocks[name] for name in names]
-            return _partition("target_active", list(self.config.target_active), names, texts, "gate")
-        towers: dict[str, list[int]] = {}
-        for i, name in enumerate(names):
-            # A group is named by its regex, so it has no tower of its own.
-            key = name.split(".")[0] if isinstance(self.config.granularity, str) else "all"
-            towers.setdefault(key, []).append(i)
-        return towers
-
-    def _budget(self) -> list[tuple[list[int], int]] | None:
-        target = self.config.target_active
-        if target is None:
-            return None
-        if isinstance(target, dict):
-            return [
-                (members, maths.open_count(target[tower], len(members), f"target_active[{tower!r}]"))
-                for tower, members in self.towers.items()
-            ]
-        everyone = list(range(len(self.blocks)))
-        return [(everyone, maths.open_count(target, len(everyone)))]
-
-    def _gate_costs(self) -> Tensor:
-        cost, names = self.config.cost, self.names
-        if cost == "uniform":
-            costs = [1.0] * len(names)
-        elif cost == "parameters":
-            costs = [float(sum(self._sizes[m] for m in members)) for members in self.blocks.values()]
-        elif cost == "compute":
-            costs = self._compute_costs()
-        else:
-            unknown, missing = sorted(set(cost) - set(names)), [n for n in names if n not in cost]
-            if unknown or missing:
-                raise ValueError(
-                    f"cost must name every gate once: {len(missing)} are missing (first: {missing[:3]}), "
-                    f"{len(unknown)} are unknown (first: {unknown[:3]}). The gates are listed in `names`."
-                )
-            costs = [float(cost[name]) for name in names]
-        return torch.tensor(costs, dtype=torch.float32, device=self._device)
-
-    def _multiplications(self, module: str) -> tuple[int, int]:
-        return seam.multiplications(self._layers[module], self.adapter_name)
-
-    def _compute_costs(self) -> list[float]:
-        # Per token: three products for an adapter's forward and backward, and one for each base layer between the
-        # block and the output of its tower, through which the gradient has to come down.
-        above: dict[str, float] = {}
-        reach: dict[str, float] = {}
-        for name in reversed(self._layers):
-            tower = name.split(".")[0]
-            above[tower] = above.get(tower, 0.0) + self._multiplications(name)[1]
-            reach[name] = above[tower]
-        return [
-            3.0 * sum(self._sizes[m] for m in members) + max(reach[m] for m in members)
-            for members in self.blocks.values()
-        ]
-
-    def _base_fingerprint(self) -> str:
-        """Shapes and first values of the gated base weights: tells one base model from another."""
-        digest = hashlib.sha256()
-        for name, layer in self._layers.items():
-            weight = seam.base_weight(layer).detach()
-            head = weight.flatten()[:64]
-            head = head.float().cpu().tolist() if head.is_floating_point() and not head.is_meta else []
-            digest.update(repr((name, tuple(weight.shape), [f"{v:.5g}" for v in head])).encode())
-        return digest.hexdigest()[:16]
-
-    def _tower_index(self) -> Tensor:
-        index = torch.zeros(len(self.blocks), dtype=torch.long)
-        for t, members in enumerate(self.towers.values()):
-            index[members] = t
-        return index.to(self._device)
 
     @property
     def names(self) -> list[str]:
@@ -645,18 +554,3 @@ class GateController:
                 )
             ],
         }
-
-
-def _partition(field: str, patterns: list[str], names: list[str], texts: list[list[str]], what: str) -> dict:
-    """Indices of the names in all of whose texts each regex is found; every name by exactly one, none in vain."""
-    found: dict[str, list[int]] = {pattern: [] for pattern in patterns}
-    for i, name in enumerate(names):
-        matches = [pattern for pattern in patterns if all(re.search(pattern, text) for text in texts[i])]
-        if len(matches) != 1:
-            how = f"by several regexes, {matches}" if matches else f"by none of the regexes {patterns}"
-            raise ValueError(f"{field}: {what} {name!r} is matched {how}. Each must match exactly one.")
-        found[matches[0]].append(i)
-    empty = [pattern for pattern, members in found.items() if not members]
-    if empty:
-        raise ValueError(f"{field}: {empty} matches no {what}. The first ones are {names[:3]}.")
-    return found

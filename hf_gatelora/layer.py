@@ -4,6 +4,7 @@ PEFT's `LoraLayer.lora_variant[adapter]` decides how a LoRA layer's forward, mer
 ordinary LoRA layer with `GatedLora` in that slot; taking it out again leaves a stock layer.
 """
 
+import hashlib
 import re
 from collections import Counter
 
@@ -239,9 +240,15 @@ def is_merged(layer: LoraLayer) -> bool:
     return layer.merged
 
 
-def base_weight(layer: LoraLayer) -> Tensor:
-    """Weight of the layer below the adapter."""
-    return layer.get_base_layer().weight
+def fingerprint(layers: dict[str, LoraLayer]) -> str:
+    """Hash of the shapes and first values of the layers' base weights: tells one base model from another."""
+    digest = hashlib.sha256()
+    for name, layer in layers.items():
+        weight = layer.get_base_layer().weight.detach()
+        head = weight.flatten()[:64]
+        head = head.float().cpu().tolist() if head.is_floating_point() and not head.is_meta else []
+        digest.update(repr((name, tuple(weight.shape), [f"{value:.5g}" for value in head])).encode())
+    return digest.hexdigest()[:16]
 
 
 def b_key(name: str, adapter: str) -> str:
