@@ -28,14 +28,14 @@ class GateAnnealingCallback(TrainerCallback):
         self.gates = gates
         self.add_penalty = add_penalty
         self._hook = None
-        self._reads = gates.penalty_reads
+        self._penalties = gates.penalties
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         gates = self.gates
         if gates.steps != state.global_step:
             raise ValueError(
                 f"The gates are at step {gates.steps}, the run at step {state.global_step}. To resume a run use "
-                "GatedLoraTrainer, which restores the gates; to train again make a new model with new gates."
+                "GatedLoraTrainer and resume_from_checkpoint; to train anew make a new model with new gates."
             )
         if gates.total_steps not in (None, state.max_steps):
             raise ValueError(
@@ -45,8 +45,8 @@ class GateAnnealingCallback(TrainerCallback):
             )
         gates.total_steps = state.max_steps
         check_reach(gates, state.max_steps)
+        separate_scores(gates, optimizer, lr_scheduler)
         if self.add_penalty:
-            separate_scores(gates, optimizer, lr_scheduler)
             self._hook = gates.model.register_forward_hook(self._with_penalty, with_kwargs=True)
 
     def _with_penalty(self, module, inputs, kwargs, output):
@@ -67,12 +67,12 @@ class GateAnnealingCallback(TrainerCallback):
         return output
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if not self.gates.frozen and self.gates.penalty_reads == self._reads:
+        if not self.gates.frozen and self.gates.penalties == self._penalties:
             raise RuntimeError(
                 "The gates' penalty was not part of this step's loss, so this would train plain LoRA. In your own "
                 "compute_loss call super().compute_loss(...), or add self.penalty(num_items_in_batch) to your loss."
             )
-        self._reads = self.gates.penalty_reads
+        self._penalties = self.gates.penalties
 
     def on_step_end(self, args, state, control, **kwargs):
         was_frozen = self.gates.frozen
@@ -118,6 +118,8 @@ def separate_scores(gates: GateController, optimizer, lr_scheduler) -> None:
     Raises:
         ValueError: where the learning-rate scheduler cannot take another group.
     """
+    if gates.frozen:
+        return
     inner = getattr(optimizer, "optimizer", optimizer)
     scores = {id(p) for p in gates.score_parameters()}
     holding = [g for g in inner.param_groups if any(id(p) in scores for p in g["params"])]

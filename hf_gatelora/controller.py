@@ -99,7 +99,7 @@ class GateController:
         setattr(model, CONTROLLER, self)
 
         self.progress, self.steps, self.total_steps = 0.0, 0, None
-        self.penalty_reads = 0
+        self.penalties = 0  # how many penalties were part of a loss, counted in its backward
         self._open: Tensor | None = None  # boolean mask, once frozen
         self._scores = self._read_scores().detach()
         self._lambda = torch.zeros(len(self.towers), device=self._device)
@@ -191,12 +191,17 @@ class GateController:
         Its gradient per score is lambda c_i / sum c, whatever the number of micro-batches and ranks. For hard
         concrete gates the probability of a non-zero gate takes the place of |s_i|.
         """
-        self.penalty_reads += 1
         if self.frozen:
             return torch.zeros((), device=self._device)
         self._follow_device()
         terms = maths.penalty_terms(self._read_scores(), self.config)
-        return (self._lambda[self._tower_of] * self._costs * terms).sum() / self._costs.sum()
+        penalty = (self._lambda[self._tower_of] * self._costs * terms).sum() / self._costs.sum()
+        if penalty.requires_grad:
+            penalty.register_hook(self._count_penalty)
+        return penalty
+
+    def _count_penalty(self, gradient: Tensor) -> None:
+        self.penalties += 1
 
     def step(self, progress: float) -> None:
         """Move the schedule to `progress`; call it once after every optimizer step.
@@ -210,13 +215,17 @@ class GateController:
         if not 0 <= progress <= 1 or progress < self.progress:
             raise ValueError(
                 f"progress={progress} must be in [0, 1] and not before the last one, {self.progress}: it is "
-                "finished steps / all steps."
+                "finished steps / all steps, counted over all epochs."
             )
         self.progress = progress
         self.steps += 1
         if self.frozen:
             return
         if progress >= self.config.freeze_ratio:
+            if not self.penalties:
+                logger.warning(
+                    "No loss held the gates' penalty: add gates.penalty() to it, or nothing presses gates to close."
+                )
             self.freeze()
         else:
             self._refresh()
@@ -372,6 +381,11 @@ class GateController:
 
         After the freeze it holds only the open blocks. `gates.json` and `gatelora_state.safetensors` lie beside it.
         """
+        if not self.frozen:
+            logger.warning(
+                f"The gates are not frozen yet: this adapter holds all {len(self.blocks)} blocks (step was called "
+                f"{self.steps} times, up to progress {self.progress:g}; they freeze at {self.config.freeze_ratio:g})."
+            )
         if PartialState().is_main_process:
             self._write(directory)
         PartialState().wait_for_everyone()
@@ -433,6 +447,13 @@ class GateController:
         own |= {id(p) for layer in self._layers.values() for p in seam.lora_parameters(layer, self.adapter_name)}
         if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
             self._optimizers.append(weakref.ref(optimizer))
+            score = self.score_parameters()[0]
+            for group in optimizer.param_groups:
+                if group.get("weight_decay") and any(p is score for p in group["params"]):
+                    logger.warning(
+                        "The optimizer decays the gates' scores, and trains them like weights. Build it from "
+                        "gates.param_groups(lr=...)."
+                    )
 
     def _forget(self, parameters: list[nn.Parameter]) -> None:
         gone = {id(p) for p in parameters}

@@ -60,7 +60,7 @@ def _parse(name, value):
     try:
         return json.loads(value)
     except ValueError as error:
-        raise ValueError(f"{name}={value!r} is neither a number, a known word nor JSON ({error}).") from error
+        raise ValueError(f"{name}={value!r} is neither a number, a known word nor JSON.") from error
 
 
 class GatedLoraTrainer(Trainer):

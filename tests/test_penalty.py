@@ -123,6 +123,13 @@ def test_a_compute_loss_that_drops_the_penalty_is_an_error(family, tmp_path):
             self.accelerator.backward(loss)
             return loss.detach()
 
+    class Unused(Dropping):
+        def compute_loss(self, model, inputs, **kwargs):
+            self.gates.penalty()
+            return super().compute_loss(model, inputs)
+
+    with pytest.raises(RuntimeError, match="penalty was not part of this step's loss"):
+        make_trainer(family, tmp_path, trainer_class=Unused).train()
     with pytest.raises(RuntimeError, match="penalty was not part of this step's loss"):
         make_trainer(family, tmp_path, trainer_class=Dropping).train()
     for trainer_class in (Adding, OwnStep):

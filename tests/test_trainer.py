@@ -184,6 +184,21 @@ def test_plain_accelerate_loop(family, tmp_path, stock_peft):
     torch.testing.assert_close(stock_peft(family, tmp_path), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_forgotten_lines_of_an_accelerate_loop_are_said(tmp_path, caplog):
+    family = FAMILIES["dinov2"]
+    base = family["model"]()
+    model = get_peft_model(base, lora_config(base))
+    gates = attach_gates(model, GateConfig(target_active=0.2))
+    optimizer = AdamW(model.parameters(), weight_decay=0.1)
+    model(**family["inputs"]()).logits.sum().backward()
+    optimizer.step()
+    assert "optimizer decays the gates' scores" in caplog.text
+    gates.save_folded(tmp_path)
+    assert "not frozen yet: this adapter holds all 12 blocks (step was called 0 times" in caplog.text
+    gates.step(0.5)
+    assert "No loss held the gates' penalty" in caplog.text
+
+
 def test_stock_training_arguments_take_the_defaults(family, tmp_path):
     model = family["model"]()
     trainer = GatedLoraTrainer(model, TrainingArguments(output_dir=str(tmp_path)), peft_config=lora_config(model))
