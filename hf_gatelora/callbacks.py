@@ -45,7 +45,8 @@ class GateAnnealingCallback(TrainerCallback):
             )
         gates.total_steps = state.max_steps
         check_reach(gates, state.max_steps)
-        separate_scores(gates, optimizer, lr_scheduler)
+        if not gates.frozen:
+            separate_scores(gates, optimizer, lr_scheduler)
         if self.add_penalty:
             self._hook = gates.model.register_forward_hook(self._with_penalty, with_kwargs=True)
 
@@ -118,8 +119,6 @@ def separate_scores(gates: GateController, optimizer, lr_scheduler) -> None:
     Raises:
         ValueError: where the learning-rate scheduler cannot take another group.
     """
-    if gates.frozen:
-        return
     inner = getattr(optimizer, "optimizer", optimizer)
     scores = {id(p) for p in gates.score_parameters()}
     holding = [g for g in inner.param_groups if any(id(p) in scores for p in g["params"])]

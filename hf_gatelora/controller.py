@@ -105,6 +105,8 @@ class GateController:
         self._lambda = torch.zeros(len(self.towers), device=self._device)
         index = {i: t for t, members in enumerate(self.towers.values()) for i in members}
         self._tower_of = torch.tensor([index[i] for i in range(len(index))], device=self._device)
+        targets = [count / len(members) for members, count in self._counts or []]  # one budget counts for all towers
+        self._target = torch.tensor(targets, device=self._device)
         self._optimizers: list[weakref.ref] = []
         _CONTROLLERS.add(self)
 
@@ -243,13 +245,10 @@ class GateController:
             is_open = (self._scores >= self.config.tau).float()
             size = torch.zeros_like(self._lambda).index_add_(0, self._tower_of, torch.ones_like(is_open))
             fraction = torch.zeros_like(self._lambda).index_add_(0, self._tower_of, is_open) / size
-            if isinstance(self.config.target_active, dict):
-                target = torch.tensor([c for _, c in self._counts], device=self._device) / size
-            else:
+            if not isinstance(self.config.target_active, dict):
                 # One budget for all towers: which tower gives up how much is for the scores to say.
                 fraction = is_open.mean().expand_as(size)
-                target = torch.full_like(size, self._counts[0][1] / len(is_open))
-            self._lambda = factor * maths.steered_lambda(fraction, target, self.progress, self.config)
+            self._lambda = factor * maths.steered_lambda(fraction, self._target, self.progress, self.config)
         if self.config.kind == "sigmoid":
             value = maths.temperature(self.progress, self.config)
             values = [torch.full_like(gates[0].temperature, value)] * len(gates)
@@ -265,6 +264,7 @@ class GateController:
             self._device = device
             self._costs, self._lambda = self._costs.to(device), self._lambda.to(device)
             self._tower_of, self._scores = self._tower_of.to(device), self._scores.to(device)
+            self._target = self._target.to(device)
 
     # ---- freeze -------------------------------------------------------------------------------------------------
 
