@@ -526,12 +526,7 @@ class GateController:
             )
 
     def restore(self, directory) -> None:
-        """Take over the gates of a checkpoint whose folded weights are loaded already, to go on training exactly.
-
-        Raises:
-            ValueError: as `check_resumable`.
-        """
-        self.check_resumable(directory)
+        """Take over the gates of a checkpoint that `check_resumable` accepted and whose folded weights are loaded."""
         state, raw, _ = read_state(directory)
         load_raw(self.model, raw)
         self.load_state_dict(state)
@@ -541,15 +536,24 @@ class GateController:
         """Penalty weight now, mean over the gates."""
         return self._lambda[self._tower_of].mean().item()
 
+    @property
+    def temperature(self) -> float | None:
+        """Temperature of sigmoid gates now; None for the other kinds."""
+        return maths.temperature(self.progress, self.config) if self.config.kind == "sigmoid" else None
+
+    def tower_counts(self) -> dict[str, dict[str, int]]:
+        """Gates and open gates of each tower."""
+        is_open = self.open_mask.tolist()
+        return {
+            tower: {"gates": len(members), "open": sum(is_open[i] for i in members)}
+            for tower, members in self.towers.items()
+        }
+
     def summary(self) -> dict:
         """The gates as plain JSON types: configuration, schedule, towers, and one row per gate."""
         lora = self.model.peft_config[self.adapter_name]
         scores, values, is_open = self.scores.tolist(), self.gates.tolist(), self.open_mask.tolist()
         sizes = [sum(self._sizes[m] for m in members) for members in self.blocks.values()]
-        towers = {
-            tower: {"gates": len(members), "open": sum(is_open[i] for i in members)}
-            for tower, members in self.towers.items()
-        }
         return {
             "adapter_name": self.adapter_name,
             "base_fingerprint": self._fingerprint,
@@ -560,11 +564,11 @@ class GateController:
             "steps": self.steps,
             "total_steps": self.total_steps,
             "lambda": self.lambda_,
-            "temperature": maths.temperature(self.progress, self.config) if self.config.kind == "sigmoid" else None,
+            "temperature": self.temperature,
             "gates": len(is_open),
             "open": sum(is_open),
             "active_fraction": self.active_fraction,
-            "towers": towers,
+            "towers": self.tower_counts(),
             "lora_parameters": sum(sizes),
             "open_parameters": sum(size for size, o in zip(sizes, is_open, strict=True) if o),
             "degenerate": self.degenerate,

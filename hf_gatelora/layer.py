@@ -55,13 +55,11 @@ class GatedLora(LoraVariant):
             hidden = hidden * (gate * module.scaling[active_adapter]).to(hidden.dtype)
         return result + module.lora_B[active_adapter](hidden)
 
-    @torch.no_grad()
     def _delta(self, module: LoraLayer, adapter: str, weight: Tensor, gate: Tensor | float) -> Tensor:
-        return (module.get_delta_weight(adapter) * gate).to(weight.dtype)
+        return (module.get_delta_weight(adapter).detach() * gate).to(weight.dtype)
 
-    @torch.no_grad()
     def _merge_value(self, module: LoraLayer, adapter: str) -> Tensor | float:
-        value = 0.0 if self.gate is None else self.gate()
+        value = 0.0 if self.gate is None else self.gate().detach()
         # Unmerging must take away what was added, whatever became of the gate in between.
         module._cache_store(f"{adapter}-merged-gate", value)
         return value

@@ -222,10 +222,7 @@ class GatedLoraTrainer(Trainer):
         self.gates.restore(folder)
 
     def _load_best_model(self):
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_best_model()
-        else:
-            self._load_adapters(self.state.best_model_checkpoint)
+        self._load_adapters(self.state.best_model_checkpoint)
 
     def _gated_folder(self, checkpoint) -> Path:
         # Beside an adapter that is called "default" the gated one lies in a folder of its own.
@@ -252,12 +249,12 @@ class GatedLoraTrainer(Trainer):
 
 def gate_logs(gates) -> dict[str, float]:
     """The gates' state as log entries: lambda, temperature, open fraction overall and per tower."""
-    summary = gates.summary()
-    logs = {"gate_lambda": summary["lambda"], "open_fraction": summary["active_fraction"]}
-    if summary["temperature"] is not None:
-        logs["gate_temperature"] = summary["temperature"]
-    if len(summary["towers"]) > 1:
-        for tower, row in summary["towers"].items():
+    logs = {"gate_lambda": gates.lambda_, "open_fraction": gates.active_fraction}
+    if gates.temperature is not None:
+        logs["gate_temperature"] = gates.temperature
+    towers = gates.tower_counts()
+    if len(towers) > 1:
+        for tower, row in towers.items():
             logs[f"open_fraction/{tower}"] = row["open"] / row["gates"]
     return logs
 

@@ -193,9 +193,9 @@ class StepTimer(TrainerCallback):
             torch.cuda.synchronize()
         self.seconds[self._frozen].append(time.perf_counter() - self._start)
 
-    def median(self, frozen: bool) -> float | None:
-        """Median seconds of a step before or after the freeze; None where there was none."""
-        return statistics.median(self.seconds[frozen]) if self.seconds[frozen] else None
+    def median(self, frozen: bool) -> float:
+        """Median seconds of a step before or after the freeze."""
+        return statistics.median(self.seconds[frozen])
 
 
 @dataclass
