@@ -27,6 +27,7 @@ class GateAnnealingCallback(TrainerCallback):
     def __init__(self, gates: GateController, add_penalty: bool = True):
         self.gates = gates
         self.add_penalty = add_penalty
+        self._separate = True  # GatedLoraTrainer does it where it makes the optimizer
         self._hook = None
         self._penalties = gates.penalties
 
@@ -45,7 +46,7 @@ class GateAnnealingCallback(TrainerCallback):
             )
         gates.total_steps = state.max_steps
         check_reach(gates, state.max_steps)
-        if not gates.frozen:
+        if not gates.frozen and self._separate:
             separate_scores(gates, optimizer, lr_scheduler)
         if self.add_penalty:
             self._hook = gates.model.register_forward_hook(self._with_penalty, with_kwargs=True)
@@ -126,6 +127,10 @@ def separate_scores(gates: GateController, optimizer, lr_scheduler) -> None:
         return
     for group in holding:
         group["params"] = [p for p in group["params"] if id(p) not in scores]
+    if lr_scheduler is None:
+        # Trainer makes a group for biases even where none train. FSDP2 restores only one empty group: the scores', once
+        # they are frozen.
+        inner.param_groups[:] = [group for group in inner.param_groups if group["params"]]
     inner.add_param_group(gates.score_group())
     if lr_scheduler is None:
         return

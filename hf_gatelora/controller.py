@@ -13,6 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import gates as maths
 from . import layer as seam
+from . import sharding
 from .blocks import find_towers, gate_costs, group_modules, open_counts
 from .config import GateConfig
 from .export import load_raw, read_state, write_adapter
@@ -24,7 +25,7 @@ _CONTROLLERS = weakref.WeakSet()
 
 def _notice(optimizer, args, kwargs) -> None:
     for gates in list(_CONTROLLERS):
-        gates._notice(optimizer)
+        gates.watch(optimizer)
 
 
 # An optimizer that updates the blocks of a controller makes itself known at its first step, so that the freeze can drop
@@ -32,8 +33,6 @@ def _notice(optimizer, args, kwargs) -> None:
 register_optimizer_step_post_hook(_notice)
 
 CONTROLLER = "gate_controller"  # attribute of the PeftModel
-# Attributes that DeepSpeed ZeRO-3, ZeRO-1/2 and FSDP put on the parameters that they manage.
-SHARDED = ("ds_id", "_hp_mapping", "device_mesh")
 GATES = "gates"  # child module of the PeftModel: {adapter name: list of gates}
 
 
@@ -101,7 +100,6 @@ class GateController:
         self.progress, self.steps, self.total_steps = 0.0, 0, None
         self.penalties = 0  # how many penalties were part of a loss, counted in its backward
         self._open: Tensor | None = None  # boolean mask, once frozen
-        self._scores = self._read_scores().detach()
         self._lambda = torch.zeros(len(self.towers), device=self._device)
         index = {i: t for t, members in enumerate(self.towers.values()) for i in members}
         self._tower_of = torch.tensor([index[i] for i in range(len(index))], device=self._device)
@@ -129,13 +127,25 @@ class GateController:
         return [] if self.frozen else [gate.score for gate in self._gates]
 
     def _read_scores(self) -> Tensor:
+        """All scores as the forward sees them, fp32 of shape (N,), with gradient. Collective where partitioned."""
         gates = self._gates
-        if any(hasattr(gates[0].score, mark) for mark in SHARDED):
-            raise RuntimeError(
-                "The gates' scores are sharded by DeepSpeed or FSDP, which is not supported yet: the penalty would "
-                "lose its gradient. Prepare the model for one process, or for plain data parallelism (DDP)."
-            )
-        return torch.cat([gate.score for gate in gates])
+        scores = [gate.score for gate in gates]
+        if sharding.is_zero3(scores[0]):
+            # Read outside a module's forward, a partitioned parameter gets no gradient.
+            gathered = [gate(raw=True) for gate in gates] if torch.is_grad_enabled() else sharding.read(scores)
+            values = torch.cat(gathered)
+        elif sharding.is_fsdp2(scores[0]):
+            values = sharding.stack_shards(scores)
+        else:
+            values = torch.cat(scores)
+        if gates[0].rounding is torch.float32:
+            return values
+        return values + (values.to(gates[0].rounding).float() - values).detach()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds only a part of the parameters (ZeRO-3, FSDP2)."""
+        return any(sharding.is_partitioned(p) for p in self.model.parameters())
 
     @property
     def frozen(self) -> bool:
@@ -181,8 +191,7 @@ class GateController:
         values = torch.as_tensor(values, dtype=torch.float32).flatten()
         if len(values) != len(self.blocks) or not values.isfinite().all():
             raise ValueError(f"set_scores needs {len(self.blocks)} finite values, found {values.tolist()[:4]}...")
-        for gate, value in zip(self._gates, values, strict=True):
-            gate.score.fill_(value)
+        sharding.write(self.score_parameters(), list(values.split(1)))
         self._refresh()
 
     # ---- penalty and schedule -----------------------------------------------------------------------------------
@@ -237,7 +246,7 @@ class GateController:
         """Bring everything that follows from progress and scores up to date, without a host sync."""
         gates = self._gates
         self._follow_device()
-        self._scores = self._read_scores().detach()
+        self._scores = self._read_scores()
         factor = maths.ramp(self.progress, self.config)
         if self.config.lambda_ is not None:
             self._lambda = torch.full_like(self._lambda, self.config.lambda_ * factor)
@@ -276,14 +285,20 @@ class GateController:
         Open blocks become stock PEFT LoRA; closed ones lose their parameters and their optimizer state.
 
         Raises:
-            RuntimeError: where a score is not finite, or the adapter is merged.
+            RuntimeError: where a score is not finite, the adapter is merged, or DDP does not allow unused parameters.
         """
         if self.frozen:
             return
         if any(seam.is_merged(layer) for layer in self._layers.values()):
             raise RuntimeError("Cannot freeze: the adapter is merged into the base weights. Unmerge it first.")
+        if sharding.strict_ddp_wrapper(self.model) is not None:
+            raise RuntimeError(
+                "Cannot freeze: DistributedDataParallel would fail at the next step, because closed blocks get no "
+                "gradient. Pass Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters="
+                "True)]), or leave ddp_find_unused_parameters=False out of the training arguments."
+            )
         self._follow_device()
-        self._scores = self._read_scores().detach()
+        self._scores = self._read_scores()
         if not self._scores.isfinite().all():
             bad = [n for n, s in zip(self.names, self.scores, strict=True) if not math.isfinite(s)]
             raise RuntimeError(
@@ -294,10 +309,9 @@ class GateController:
         else:
             towers, counts = zip(*self._counts, strict=True)
             mask = maths.select_open(self._ranking(), list(towers), list(counts))
-        optimizers = self._optimizers
         self._close(mask)
         if self.config.rewind:
-            self._rewind([known() for known in optimizers])
+            self._rewind()
         if self.degenerate:
             logger.warning(self.degenerate)
 
@@ -329,15 +343,11 @@ class GateController:
         self._lambda = torch.zeros_like(self._lambda)
         self._forget(removed)
 
-    def _rewind(self, optimizers: list) -> None:
-        """Bring the open blocks back to the base model, as LoRA starts: B = 0. A stays as trained."""
+    def _rewind(self) -> None:
+        """Bring the open blocks back to the base model, as LoRA starts: B = 0. A and the optimizer stay as they are."""
         for is_open, members in zip(self._open.tolist(), self.blocks.values(), strict=True):
             for name in members if is_open else []:
-                a, b = seam.lora_parameters(self._layers[name], self.adapter_name)
-                b.zero_()
-                for optimizer in filter(None, optimizers):
-                    optimizer.state.pop(a, None)
-                    optimizer.state.pop(b, None)
+                _zero(self._layers[name].lora_B[self.adapter_name].parameters())
 
     def _close_module(self, name: str, keep: bool) -> list[nn.Parameter]:
         layer = self._layers[name]
@@ -345,8 +355,7 @@ class GateController:
             return seam.remove_adapter(layer, self.adapter_name)
         # PEFT cannot express an adapter without layers: with nothing open, one block stays, with B = 0 and a gate
         # that keeps it so.
-        for parameter in layer.lora_B[self.adapter_name].parameters():
-            parameter.zero_()
+        _zero(layer.lora_B[self.adapter_name].parameters())
         seam.install(layer, self.adapter_name, None)
         return []
 
@@ -366,9 +375,18 @@ class GateController:
         )
 
     def fold(self) -> PeftModel:
-        """Freeze, and turn the model in place into a plain PEFT LoRA with the open blocks; returns the model."""
+        """Freeze, and turn the model in place into a plain PEFT LoRA with the open blocks; returns the model.
+
+        Raises:
+            RuntimeError: under DeepSpeed ZeRO and FSDP, whose engines hold on to the model as it is.
+        """
         if getattr(self.model, CONTROLLER, None) is not self:
             return self.model  # folded before
+        if any(sharding.is_partitioned(p) or sharding.is_zero(p) for p in self.model.parameters()):
+            raise RuntimeError(
+                "Cannot fold a model that DeepSpeed or FSDP manages. Write it with save_folded(directory), and load "
+                "that with PeftModel.from_pretrained(base_model, directory)."
+            )
         self.freeze()
         if not self._open.any():
             seam.uninstall(self._layers[next(iter(self._layers))], self.adapter_name)
@@ -386,9 +404,15 @@ class GateController:
                 f"The gates are not frozen yet: this adapter holds all {len(self.blocks)} blocks (step was called "
                 f"{self.steps} times, up to progress {self.progress:g}; they freeze at {self.config.freeze_ratio:g})."
             )
+        weights = self.whole_adapters() if self.sharded else None
         if PartialState().is_main_process:
-            self._write(directory)
+            self._write(directory, state_dict=weights)
         PartialState().wait_for_everyone()
+
+    def whole_adapters(self) -> dict[str, Tensor]:
+        """Weights of all adapters by their name in the model, gathered from all processes. Collective."""
+        weights = {n: t for n, t in self.model.state_dict(keep_vars=True).items() if seam.is_adapter_key(n)}
+        return dict(zip(weights, sharding.read(list(weights.values())), strict=True))
 
     def save_pretrained(
         self,
@@ -404,6 +428,8 @@ class GateController:
         """
         selected = list(self.model.peft_config) if selected_adapters is None else list(selected_adapters)
         kwargs["safe_serialization"] = safe_serialization
+        if kwargs.get("state_dict") is None and self.sharded:
+            kwargs["state_dict"] = self.whole_adapters()
         others = [name for name in selected if name != self.adapter_name]
         if others:
             PeftModel.save_pretrained(
@@ -440,7 +466,8 @@ class GateController:
         rate = self.config.learning_rate
         return {"params": self.score_parameters(), "lr": rate, "weight_decay": 0.0, "eps": epsilon}
 
-    def _notice(self, optimizer: torch.optim.Optimizer) -> None:
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make an optimizer known, so that the freeze drops closed blocks from it; its first step does so as well."""
         if self.frozen or any(known() is optimizer for known in self._optimizers):
             return
         own = {id(p) for p in self.score_parameters()}
@@ -459,6 +486,8 @@ class GateController:
         gone = {id(p) for p in parameters}
         for parameter in parameters:
             parameter.grad = None
+            # ZeRO-3 would go on applying the last gradient that it saw, and count it in the gradient norm.
+            parameter.requires_grad_(False)
         for optimizer in filter(None, (known() for known in self._optimizers)):
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in gone]
@@ -513,7 +542,8 @@ class GateController:
             raise ValueError(
                 f"{directory} was written with another LoRA config: {saved['lora']}, this one is {here['lora']}."
             )
-        if saved["base_fingerprint"] != here["base_fingerprint"]:
+        # With FSDP's cpu_ram_efficient_loading only the main process had the base weights when the gates were attached.
+        if PartialState().is_main_process and saved["base_fingerprint"] != here["base_fingerprint"]:
             raise ValueError(
                 f"{directory} is from another base model: the gated layers' base weights differ in shape or value. "
                 "Resume on the base model of that run."
@@ -525,10 +555,15 @@ class GateController:
                 f"{directory} was written with another gate configuration: {listed}. Resume with the same."
             )
 
-    def restore(self, directory) -> None:
-        """Take over the gates of a checkpoint that `check_resumable` accepted and whose folded weights are loaded."""
+    def restore(self, directory, raw_weights: bool = True) -> None:
+        """Take over the gates of a checkpoint that `check_resumable` accepted and whose weights are loaded.
+
+        Args:
+            raw_weights: whether the loaded weights are folded, so that those as trained must take their place.
+        """
         state, raw, _ = read_state(directory)
-        load_raw(self.model, raw)
+        if raw_weights:
+            load_raw(self.model, raw)
         self.load_state_dict(state)
 
     @property
@@ -579,3 +614,8 @@ class GateController:
                 )
             ],
         }
+
+
+def _zero(parameters) -> None:
+    parameters = list(parameters)
+    sharding.write(parameters, [torch.zeros(sharding.whole_shape(p)) for p in parameters])

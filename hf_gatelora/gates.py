@@ -62,12 +62,13 @@ def penalty_terms(scores: Tensor, config: GateConfig) -> Tensor:
 class Gate(nn.Module):
     """One gate: its score, an fp32 parameter of shape (1,), and in training the noise of the current step.
 
-    The gate is evaluated inside `forward`, because engines that shard parameters gather them around a module's call.
+    The score is read inside `forward`, because engines that shard parameters gather them around a module's call.
     """
 
     def __init__(self, config: GateConfig, device: torch.device):
         super().__init__()
         self.config = config
+        self.rounding = torch.float32  # the dtype in which a mixed-precision engine shows the score to the forward
         self.score = nn.Parameter(torch.full((1,), config.init, dtype=torch.float32, device=device))
         if config.kind == "sigmoid":
             start = torch.full((1,), TEMPERATURE_START, dtype=torch.float32, device=device)
@@ -76,10 +77,17 @@ class Gate(nn.Module):
             half = torch.full((1,), 0.5, dtype=torch.float32, device=device)
             self.register_buffer("noise", half, persistent=False)
 
-    def forward(self, noisy: bool = False) -> Tensor:
-        """Gate value, shape (1,), with gradient to the score; `noisy` is for the training forward."""
+    def forward(self, noisy: bool = False, raw: bool = False) -> Tensor:
+        """Gate value, shape (1,), with gradient to the score; `noisy` is for the training forward.
+
+        With `raw`, the score itself.
+        """
+        if raw:
+            return self.score * 1.0
+        if self.score.dtype != torch.float32:
+            self.rounding = self.score.dtype
         noise = self.noise if self.config.kind == "hard_concrete" and noisy else None
-        return gate_values(self.score, self.config, getattr(self, "temperature", 1.0), noise)
+        return gate_values(self.score.float(), self.config, getattr(self, "temperature", 1.0), noise)
 
     def _apply(self, fn, recurse=True):
         # `model.to(torch.bfloat16)` and the like move the gate, but its numbers stay fp32.

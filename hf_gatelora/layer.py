@@ -15,6 +15,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant, _ConvNd
 from torch import Tensor, nn
 
+from . import sharding
 from .gates import Gate
 
 PREFIX = "base_model.model."
@@ -223,14 +224,15 @@ def lora_parameters(layer: LoraLayer, adapter: str) -> list[nn.Parameter]:
 @torch.no_grad()
 def update_norm(layer: LoraLayer, adapter: str) -> float:
     """Squared Frobenius norm of (alpha / r) B A, through the r x r Gram matrices."""
-    a = layer.lora_A[adapter].weight.flatten(1).double()
-    b = layer.lora_B[adapter].weight.flatten(1).double()
+    a, b = (p.flatten(1).double() for p in sharding.read(lora_parameters(layer, adapter)))
     return (layer.scaling[adapter] ** 2 * ((b.T @ b) * (a @ a.T)).sum()).item()
 
 
 def multiplications(layer: LoraLayer, adapter: str) -> tuple[int, int]:
     """Multiplications per token of the adapter and of the base layer."""
-    return sum(p.numel() for p in lora_parameters(layer, adapter)), layer.get_base_layer().weight.numel()
+    parameters = [*lora_parameters(layer, adapter), layer.get_base_layer().weight]
+    *own, base = (sharding.whole_shape(p).numel() for p in parameters)
+    return sum(own), base
 
 
 def is_merged(layer: LoraLayer) -> bool:
@@ -242,11 +244,16 @@ def fingerprint(layers: dict[str, LoraLayer]) -> str:
     """Hash of the shapes and first values of the layers' base weights: tells one base model from another."""
     digest = hashlib.sha256()
     for name, layer in layers.items():
-        weight = layer.get_base_layer().weight.detach()
+        (weight,) = sharding.read([layer.get_base_layer().weight])
         head = weight.flatten()[:64]
         head = head.float().cpu().tolist() if head.is_floating_point() and not head.is_meta else []
         digest.update(repr((name, tuple(weight.shape), [f"{value:.5g}" for value in head])).encode())
     return digest.hexdigest()[:16]
+
+
+def is_adapter_key(key: str) -> bool:
+    """Whether a key of the model's state dict belongs to an adapter, heads included."""
+    return ".lora_" in key or ".modules_to_save." in key
 
 
 def b_key(name: str, adapter: str) -> str:

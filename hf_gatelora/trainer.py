@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from .callbacks import GateAnnealingCallback, separate_scores
 from .config import GateConfig
 from .controller import CONTROLLER, attach_gates
+from .engines import EngineTrainer
 from .export import SUMMARY_FILE
 from .layer import check_targets
 
@@ -63,7 +64,7 @@ def _parse(name, value):
         raise ValueError(f"{name}={value!r} is neither a number, a known word nor JSON.") from error
 
 
-class GatedLoraTrainer(Trainer):
+class GatedLoraTrainer(EngineTrainer):
     """`Trainer` with gated LoRA: change the class name of your Trainer, and pass a `PeftModel` or a `peft_config`.
 
     The scores get their own optimizer group: `gate_learning_rate`, no weight decay. The learning-rate schedule
@@ -117,16 +118,12 @@ class GatedLoraTrainer(Trainer):
 
         self._penalty_sum, self._penalty_count = 0.0, 0
         super().__init__(model, args, *trainer_args, callbacks=callbacks, **kwargs)
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                "DeepSpeed and FSDP shard the gates' scores, which is not supported yet: the penalty would lose its "
-                "gradient. Launch with one process, or with several in plain data parallelism (DDP)."
-            )
         annealing = [c for c in self.callback_handler.callbacks if isinstance(c, GateAnnealingCallback)]
-        for callback in annealing:
-            callback.add_penalty = False  # compute_loss adds it
         if not annealing:
-            self.add_callback(GateAnnealingCallback(self.gates, add_penalty=False))
+            annealing = [GateAnnealingCallback(self.gates)]
+            self.add_callback(annealing[0])
+        for callback in annealing:  # what a stock Trainer needs is done here, in compute_loss and create_optimizer
+            callback.add_penalty = callback._separate = False
 
     # ---- loss ---------------------------------------------------------------------------------------------------
 
@@ -218,11 +215,34 @@ class GatedLoraTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder = self._gated_folder(resume_from_checkpoint)
         self.gates.check_resumable(folder)
-        self._load_adapters(resume_from_checkpoint)
-        self.gates.restore(folder)
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self.gates.watch(self.optimizer)
+        else:
+            self._load_adapters(resume_from_checkpoint)
+        self.gates.restore(folder, raw_weights=not self.is_fsdp_enabled)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if self.is_deepspeed_enabled and checkpoint is not None:  # the engine has loaded its weights by now
+            folder = self._gated_folder(checkpoint)
+            self.gates.check_resumable(folder)
+            self.gates.restore(folder, raw_weights=False)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self):
-        self._load_adapters(self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_adapters(self.state.best_model_checkpoint)
+
+    def _save(self, output_dir=None, state_dict=None):
+        # What Trainer gathers holds the whole model, or leaves adapters out that do not train.
+        super()._save(output_dir, self.gates.whole_adapters() if self.gates.sharded else state_dict)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # Next, one process writes trainer_state.json, which makes the checkpoint a complete one.
+        self.accelerator.wait_for_everyone()
 
     def _gated_folder(self, checkpoint) -> Path:
         # Beside an adapter that is called "default" the gated one lies in a folder of its own.

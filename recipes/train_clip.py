@@ -15,11 +15,14 @@ from pathlib import Path
 import torch
 import toy_world
 from accelerate import PartialState
-from common import TOY, LabelledImages, StepTimer, parse_arguments, parse_named_sources, table
+from common import TOY, LabelledImages, StepTimer, parse_arguments, parse_named_sources, table, unpartitioned
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch.distributed.nn.functional import all_gather
 from transformers import CLIPModel, CLIPProcessor, Trainer, set_seed
 
 from hf_gatelora import GatedLoraTrainer, GatedLoraTrainingArguments
+from hf_gatelora.engines import EngineTrainer
 from hf_gatelora.evaluation.results import Results, read_results
 from hf_gatelora.evaluation.retrieval import recall_at
 from hf_gatelora.evaluation.zero_shot import image_features, text_features, top1_accuracy
@@ -108,9 +111,10 @@ def trainer_parts(clip: Clip, arguments: ClipArguments, train: LabelledImages) -
 
         def collate_pairs(rows):
             texts = clip.tokens([row["captions"] for row in rows])
-            return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), **texts, "return_loss": True}
+            labels = torch.arange(len(rows))  # each image belongs to the text in its place
+            return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), **texts, "labels": labels}
 
-        return {"data_collator": collate_pairs}
+        return {"data_collator": collate_pairs, "compute_loss_func": contrastive_loss}
 
     if train.labels is None:
         raise ValueError(f"{train.source}: classification needs a column {arguments.label_column!r}.")
@@ -125,6 +129,21 @@ def trainer_parts(clip: Clip, arguments: ClipArguments, train: LabelledImages) -
         return total / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
     return {"data_collator": collate, "compute_loss_func": loss}
+
+
+def contrastive_loss(outputs, labels, num_items_in_batch=None):
+    """CLIP's loss over the images and texts of all processes, normalised as a mean over pairs."""
+    images, texts, state = outputs["image_embeds"], outputs["text_embeds"], PartialState()
+    # The scale between cosines and logits: its parameter is out of reach here where an engine partitions it.
+    cosines = (images @ texts.T).detach()
+    scale = (outputs["logits_per_image"].detach() * cosines).sum() / cosines.square().sum()
+    all_images, all_texts = images, texts
+    if state.num_processes > 1:
+        all_images, all_texts = torch.cat(all_gather(images)), torch.cat(all_gather(texts))
+    targets = labels + state.process_index * len(labels)
+    total = torch.nn.functional.cross_entropy(scale * images @ all_texts.T, targets, reduction="sum")
+    total = total + torch.nn.functional.cross_entropy(scale * texts @ all_images.T, targets, reduction="sum")
+    return total / 2 / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
 def evaluate(results: Results, method: str, model, clip: Clip, arguments: ClipArguments, suite: dict, batch_size: int):
@@ -146,11 +165,11 @@ def record_costs(results: Results, method: str, trainer: Trainer, timer: StepTim
     """Record open blocks, parameters, bytes, and seconds per step before and after the freeze."""
     row = {"method": method, "role": "cost", "data": "train", "split": source}
     gates = getattr(trainer, "gates", None)
-    blocks = sum("lora_A" in name for name, p in trainer.model.named_parameters() if p.requires_grad)
+    adapter = load_file(folder / "adapter_model.safetensors")
+    blocks = sum(key.endswith("lora_A.weight") for key in adapter)
     summary = gates.summary() if gates else {"open": blocks, "gates": blocks}
     results.add(metric="open_blocks", value=summary["open"], of=summary["gates"], n=1, **row)
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    results.add(metric="trainable_parameters", value=trainable, n=1, **row)
+    results.add(metric="trainable_parameters", value=sum(t.numel() for t in adapter.values()), n=1, **row)
     size = (folder / "adapter_model.safetensors").stat().st_size
     results.add(metric="adapter_bytes", value=size, n=1, **row)
     for frozen, phase in ((False, "search" if gates else "all"), (True, "consolidate")):
@@ -179,7 +198,7 @@ def train(
         trainer = GatedLoraTrainer(model, peft_config=lora, **common)
         timer = StepTimer(lambda: trainer.gates.frozen)
     else:
-        trainer = Trainer(get_peft_model(model, lora), **common)
+        trainer = EngineTrainer(get_peft_model(model, lora), **common)
         timer = StepTimer()
     trainer.add_callback(timer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
@@ -199,7 +218,8 @@ def main(argv: list[str]) -> None:
     training.remove_unused_columns, training.label_names = False, ["labels"]
     training.dataloader_pin_memory &= torch.cuda.is_available()
     output, writes = Path(training.output_dir), PartialState().is_main_process
-    clip = Clip(arguments.model)
+    with PartialState().main_process_first(), unpartitioned(training):  # the first one makes the toy world
+        clip = Clip(arguments.model)
 
     def images(source, class_names=None):
         return LabelledImages(source, clip.pixels, arguments.label_column, arguments.caption_column, class_names)
@@ -211,7 +231,8 @@ def main(argv: list[str]) -> None:
             suite[role, name] = images(source, data.class_names if role == "ood" else None)
 
     stated = {**asdict(arguments), **not_default(training)}
-    results = Results(output / "results.jsonl", model=arguments.model, seed=training.seed, arguments=stated)
+    path = output / "results.jsonl" if writes else None
+    results = Results(path, model=arguments.model, seed=training.seed, arguments=stated)
     if training.resume_from_checkpoint and training.resume_from_checkpoint.lower() == "true":
         training.resume_from_checkpoint = True  # the last checkpoint of each method
     elif training.resume_from_checkpoint and len(arguments.methods) > 1:
@@ -224,16 +245,18 @@ def main(argv: list[str]) -> None:
         training.output_dir = str(folder)
         trainer, timer = train(method, clip, arguments, training, data)
         trainer.save_model()
-        model: PeftModel = trainer.accelerator.unwrap_model(trainer.model)
-        if not writes:
-            continue
-        if method == "gated":
+        if writes and method == "gated":
             gate_map(trainer.gates.summary(), folder / "gate_map.png")
+        # What was written is evaluated, as users will load it. Each process takes a part of the data.
+        trainer.accelerator.wait_for_everyone()
+        with unpartitioned(training):
+            model = PeftModel.from_pretrained(clip.model(), str(folder)).to(training.device)
         if i == 0:
             with model.disable_adapter():
                 evaluate(results, "base", model, clip, arguments, suite, batch_size)
         evaluate(results, method, model, clip, arguments, suite, batch_size)
-        record_costs(results, method, trainer, timer, folder, arguments.train)
+        if writes:
+            record_costs(results, method, trainer, timer, folder, arguments.train)
     if writes:
         print(f"\n{table(read_results(results.path))}\n")
         print(f"Accuracies in %, with the change against the base. Adapters, figures and results.jsonl: {output}")

@@ -99,6 +99,7 @@ def randomize(model: torch.nn.Module, seed: int = 3) -> None:
 def outputs_of(family: dict, model: torch.nn.Module) -> torch.Tensor:
     """Logits of the family's fixed inputs in evaluation mode; the model's mode is left as it was."""
     training = model.training
-    logits = model.eval()(**family["inputs"]())[family["output"]]
+    model.eval()
+    logits = model(**family["inputs"]())[family["output"]]
     model.train(training)
     return logits

@@ -13,12 +13,13 @@ class Results:
     """Measurements of one run, written to `path` after each one.
 
     Args:
-        path: the JSONL file; what it held is replaced at the first measurement.
+        path: the JSONL file; what it held is replaced at the first measurement. None, for all processes but one,
+            writes nothing.
         common: fields that every row gets, for instance model, seed and arguments.
     """
 
-    def __init__(self, path: str | os.PathLike, **common):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike | None, **common):
+        self.path = path and Path(path)
         self.common = {**common, "versions": package_versions()}
         self.rows: list[dict] = []
 
@@ -34,6 +35,8 @@ class Results:
         """
         row = {"method": method, "role": role, "data": data, "split": split, "metric": metric, "value": value, "n": n}
         self.rows.append({**row, **more, **self.common})
+        if self.path is None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))

@@ -1,14 +1,17 @@
 """Zero-shot classification with a CLIP model: each image over the texts of all class prompts."""
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from .parallel import join_rows, own_rows
+
 
 @torch.no_grad()
 def image_features(model, images: Dataset, batch_size: int = 64, description: str = "images") -> Tensor:
-    """L2-normalised image features, fp32 on the CPU, shape (n, d).
+    """L2-normalised image features, fp32 on the CPU, shape (n, d). Collective: each process computes a part of them.
 
     Args:
         model: a `CLIPModel` or a `PeftModel` on one; its mode is left as it was.
@@ -17,14 +20,14 @@ def image_features(model, images: Dataset, batch_size: int = 64, description: st
     training, device = model.training, next(model.parameters()).device
     model.eval()
     loader = DataLoader(
-        images, batch_size=batch_size, collate_fn=lambda rows: torch.stack([r["pixel_values"] for r in rows])
+        own_rows(images), batch_size=batch_size, collate_fn=lambda rows: torch.stack([r["pixel_values"] for r in rows])
     )
-    features = []
-    for pixels in tqdm(loader, desc=description, leave=False, disable=None):
+    features = [torch.zeros(0, model.config.projection_dim)]
+    for pixels in tqdm(loader, desc=description, leave=False, disable=None if PartialState().is_main_process else True):
         embedded = model.get_image_features(pixels.to(device)).pooler_output
         features.append(torch.nn.functional.normalize(embedded.float(), dim=-1).cpu())
     model.train(training)
-    return torch.cat(features)
+    return join_rows(torch.cat(features))
 
 
 @torch.no_grad()

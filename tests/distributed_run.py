@@ -1,0 +1,168 @@
+"""Started by `test_distributed.py` in every process: `distributed_run.py TASK OUTPUT_FOLDER`."""
+
+import copy
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import DistributedType, PartialState
+from conftest import make_trainer
+from models import FAMILIES, Images, collate, lora_config, outputs_of
+from peft import get_peft_model
+from transformers import TrainerCallback
+
+from hf_gatelora import GateConfig, attach_gates
+from hf_gatelora.engines import without_embedding_units
+
+# Made before DeepSpeed is set up, which changes how transformers initialises weights.
+MODELS = {name: family["model"]() for name, family in FAMILIES.items()}
+RUN = {"max_steps": 30, "save_strategy": "steps", "save_steps": 10, "weight_decay": 0.1}
+
+
+class SimulatedAccelerators:
+    """Accelerate applies FSDP on accelerators only: for FSDP the CPU passes for one here."""
+
+    def __enter__(self):
+        initialize = PartialState.__init__
+
+        def pretend(state, *args, **kwargs):
+            initialize(state, *args, **kwargs)
+            if state.distributed_type == DistributedType.MULTI_CPU:
+                state.distributed_type = DistributedType.MULTI_GPU
+
+        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            PartialState.__init__ = pretend
+
+    def __exit__(self, *args):
+        pass
+
+
+class OutputsAtSave(TrainerCallback):
+    """Keeps the gated model's outputs as they are when a checkpoint is written."""
+
+    def __init__(self, family):
+        self.family, self.outputs = family, {}
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.outputs[state.global_step] = outputs_of(self.family, self.trainer.model_wrapped).tolist()
+
+
+def train_and_resume(output: Path) -> None:
+    """Train each family without a stop, resume it from before and after the freeze; then a loop without Trainer."""
+    for name, family in FAMILIES.items():
+        folder, outputs = output / name, OutputsAtSave(family)
+        evaluation = {"eval_strategy": "steps", "eval_steps": 10, "eval_dataset": Images(), "callbacks": [outputs]}
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+        trainer = outputs.trainer = make(family, folder, **RUN | evaluation | best)
+        trainer.train()
+        trainer.save_model(folder / "saved")
+        trainer.gates.save_folded(folder / "folded")
+        try:
+            folds = trainer.gates.fold() is not None
+        except RuntimeError:
+            folds = False
+        found = {
+            "world": trainer.args.world_size,
+            "engine": str(trainer.accelerator.distributed_type).removeprefix("DistributedType."),
+            "zero_stage": getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", 0),
+            "sharded": trainer.gates.sharded,
+            "scores": trainer.gates.scores.tolist(),
+            "open": trainer.gates.open_mask.tolist(),
+            "outputs": outputs.outputs,
+            "best_step": trainer.state.best_global_step,
+            "best_outputs": outputs_of(family, trainer.model_wrapped).tolist(),
+            "folds": folds,
+        }
+        if trainer.is_world_process_zero():  # only one process looks
+            trainer.gates.summary()
+        for step in (10, 20):
+            again = make(family, folder / f"resumed-{step}", **RUN)
+            again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+        write(folder, found)
+    write(output / "loop", {"open": own_loop(output / "loop" / "folded")})
+
+
+def own_loop(folder: Path) -> list[bool]:
+    """The loop of the README, in which nothing but the gates is ours."""
+    accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+    torch.manual_seed(0)
+    model = copy.deepcopy(MODELS["dinov2"])
+    model = get_peft_model(model, lora_config(model))
+    gates = attach_gates(model, GateConfig(target_active=0.2))
+    loader = torch.utils.data.DataLoader(Images(), batch_size=8 // accelerator.num_processes, collate_fn=collate)
+    optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-2))
+    with without_embedding_units(model):
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model.train()
+    total = 5 * len(loader)
+    for epoch in range(5):
+        for step, batch in enumerate(loader):
+            loss = model(**batch).loss + gates.penalty()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)  # as the DeepSpeed settings left by Trainer say
+            optimizer.step()
+            optimizer.zero_grad()
+            gates.step((epoch * len(loader) + step + 1) / total)
+    gates.save_folded(folder)
+    return gates.open_mask.tolist()
+
+
+class Die(TrainerCallback):
+    """Ends this process, as a machine that fails would, at one step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed_in_step(output: Path) -> None:
+    """Without a stop for reference; then one process dies within step 13."""
+    family = FAMILIES["dinov2"]
+    make(family, output / "whole", **RUN).train()
+    rank = int(os.environ["RANK"])
+    make(family, output / "killed", **RUN | {"save_steps": 5, "callbacks": [Die(12)] if rank == 1 else []}).train()
+
+
+def killed_in_save(output: Path) -> None:
+    """Resumes the killed run, in which the writing process now dies halfway through the checkpoint of step 20."""
+    trainer = make(FAMILIES["dinov2"], output / "killed", **RUN | {"save_steps": 5})
+    save_rng_state = trainer._save_rng_state
+
+    def dying(directory):
+        if trainer.state.global_step == 20 and trainer.is_world_process_zero():
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_rng_state(directory)
+
+    trainer._save_rng_state = dying
+    trainer.train(resume_from_checkpoint=True)
+
+
+def resumed(output: Path) -> None:
+    """Resumes once more, to the end."""
+    trainer = make(FAMILIES["dinov2"], output / "killed", **RUN | {"save_steps": 5})
+    trainer.train(resume_from_checkpoint=True)
+
+
+def make(family, folder, **arguments):
+    batch = 8 // int(os.environ.get("WORLD_SIZE", "1"))
+    model = copy.deepcopy(MODELS[family["name"]])
+    torch.manual_seed(0)  # for the LoRA layers
+    return make_trainer(family, folder, model, per_device_train_batch_size=batch, **arguments)
+
+
+def write(folder: Path, found: dict) -> None:
+    (folder / f"rank{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    with SimulatedAccelerators():
+        {f.__name__: f for f in (train_and_resume, killed_in_step, killed_in_save, resumed)}[sys.argv[1]](
+            Path(sys.argv[2])
+        )
