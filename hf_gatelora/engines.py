@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 from transformers import Trainer
 
-from .sharding import is_zero3
+from .sharding import is_zero3, whole_shape
 
 
 class EngineTrainer(Trainer):
@@ -19,6 +19,12 @@ class EngineTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.args.world_size != launched:
+            raise ValueError(
+                f"Launched with {launched} processes, but each would train alone (world size {self.args.world_size}). "
+                "On the CPU also pass --use_cpu (use_cpu=True in the training arguments)."
+            )
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not self.is_fsdp_enabled:
             raise ValueError(
                 "Launched for FSDP, but accelerate uses it only on accelerators and found none (or was told use_cpu): "
@@ -65,14 +71,14 @@ def scalars_as_vectors(model: nn.Module):
     """Within this context frozen parameters without dimensions, as CLIP's `logit_scale`, have one.
 
     When they take a model over, DeepSpeed (seen in 0.19) cannot broadcast parameters of dimension 0, and FSDP2 cannot
-    shard them. What ZeRO-3 and FSDP2 shard keeps the one dimension.
+    shard them. What is sharded only then keeps the one dimension.
     """
-    scalars = [p for p in model.parameters() if p.dim() == 0 and not p.requires_grad and not is_zero3(p)]
+    scalars = [p for p in model.parameters() if p.dim() == 0 and not p.requires_grad]
     for parameter in scalars:
         parameter.data = parameter.data.reshape(1)
     try:
         yield
     finally:
         for parameter in scalars:
-            if not is_zero3(parameter):
+            if not is_zero3(parameter) or (parameter.numel() and not whole_shape(parameter)):
                 parameter.data = parameter.data.reshape(())

@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -13,7 +12,7 @@ import toy_world
 import yaml
 from datasets import ClassLabel, Image, load_dataset, load_from_disk
 from PIL import Image as PILImage
-from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, TrainerCallback
 
 TOY = "toy"
 
@@ -177,14 +176,6 @@ def parse_named_sources(field: str, entries: list[str] | None) -> dict[str, str]
             raise ValueError(f"--{field} {entry!r}: give name=source, each name once.")
         named[name] = source
     return named
-
-
-@contextmanager
-def unpartitioned(training: TrainingArguments):
-    """Within this context models are made and loaded whole, which DeepSpeed ZeRO-3 would partition for training."""
-    plugin = training.deepspeed_plugin
-    with plugin.zero3_init_context_manager(enable=False) if plugin else nullcontext():
-        yield
 
 
 class StepTimer(TrainerCallback):

@@ -9,17 +9,18 @@ tuned one are evaluated on the ID test set, each OOD set and each retention set.
 
 import sys
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 import toy_world
 from accelerate import PartialState
-from common import TOY, LabelledImages, StepTimer, parse_arguments, parse_named_sources, table, unpartitioned
+from common import TOY, LabelledImages, StepTimer, parse_arguments, parse_named_sources, table
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.distributed.nn.functional import all_gather
 from transformers import CLIPModel, CLIPProcessor, Trainer, set_seed
+from transformers.integrations import unset_hf_deepspeed_config
 
 from hf_gatelora import GatedLoraTrainer, GatedLoraTrainingArguments
 from hf_gatelora.engines import EngineTrainer
@@ -84,10 +85,14 @@ class Clip:
     """A CLIP checkpoint: models with its weights, and its image and text preprocessing."""
 
     def __init__(self, name: str):
+        # Under ZeRO-3 transformers would load and make models in parts, where DeepSpeed (seen in 0.19) fails on CLIP's
+        # parameter without dimensions. They are partitioned when training starts.
+        unset_hf_deepspeed_config()
         self.name = str(toy_world.ensure_world() / "model") if name == TOY else name
         self.processor = CLIPProcessor.from_pretrained(self.name)
 
     def model(self) -> CLIPModel:
+        unset_hf_deepspeed_config()
         return CLIPModel.from_pretrained(self.name, dtype=torch.float32)
 
     def pixels(self, image) -> torch.Tensor:
@@ -207,8 +212,13 @@ def train(
 
 def not_default(training: GatedLoraTrainingArguments) -> dict:
     """The training arguments that differ from their defaults."""
-    defaults = GatedLoraTrainingArguments().to_dict()
-    return {name: value for name, value in training.to_dict().items() if value != defaults[name]}
+    # Not from an instance with the defaults: making one would set the processes up anew, without use_cpu.
+    defaults = {f.name: f.default for f in fields(training)}
+    return {
+        name: value
+        for name, value in training.to_dict().items()
+        if (value or defaults[name]) and str(value) != str(defaults[name]) and not name.endswith("_token")
+    }
 
 
 def main(argv: list[str]) -> None:
@@ -216,9 +226,10 @@ def main(argv: list[str]) -> None:
     arguments, training = parse_arguments([ClipArguments, GatedLoraTrainingArguments], argv)
     # The labels are not an argument of CLIPModel.forward: Trainer would drop them.
     training.remove_unused_columns, training.label_names = False, ["labels"]
-    training.dataloader_pin_memory &= torch.cuda.is_available()
-    output, writes = Path(training.output_dir), PartialState().is_main_process
-    with PartialState().main_process_first(), unpartitioned(training):  # the first one makes the toy world
+    # The first look at the device is what sets the processes up, as the training arguments (use_cpu) say.
+    training.dataloader_pin_memory &= training.device.type == "cuda"
+    output, writes = Path(training.output_dir), training.process_index == 0
+    with PartialState().main_process_first():  # the first one makes the toy world
         clip = Clip(arguments.model)
 
     def images(source, class_names=None):
@@ -242,15 +253,14 @@ def main(argv: list[str]) -> None:
     batch_size = training.per_device_eval_batch_size
     for i, method in enumerate(arguments.methods):
         folder = output / method
-        training.output_dir = str(folder)
+        training = replace(training, output_dir=str(folder))  # sets the engine up anew
         trainer, timer = train(method, clip, arguments, training, data)
         trainer.save_model()
         if writes and method == "gated":
             gate_map(trainer.gates.summary(), folder / "gate_map.png")
         # What was written is evaluated, as users will load it. Each process takes a part of the data.
         trainer.accelerator.wait_for_everyone()
-        with unpartitioned(training):
-            model = PeftModel.from_pretrained(clip.model(), str(folder)).to(training.device)
+        model = PeftModel.from_pretrained(clip.model(), str(folder)).to(training.device)
         if i == 0:
             with model.disable_adapter():
                 evaluate(results, "base", model, clip, arguments, suite, batch_size)
