@@ -38,7 +38,7 @@ class GateAnnealingCallback(TrainerCallback):
                 f"The gates are at step {gates.steps}, the run at step {state.global_step}. To resume a run use "
                 "GatedLoraTrainer and resume_from_checkpoint; to train anew make a new model with new gates."
             )
-        if gates.total_steps not in (None, state.max_steps):
+        if gates.steps and gates.total_steps not in (None, state.max_steps):
             raise ValueError(
                 f"This run was started with max_steps={gates.total_steps} and is resumed with {state.max_steps}: the "
                 "gates' schedule would not be the same. Resume with the same number of steps (epochs, batch size, "

@@ -138,6 +138,7 @@ class GateController:
             values = sharding.stack_shards(scores)
         else:
             values = torch.cat(scores)
+        values = values.float()
         if gates[0].rounding is torch.float32:
             return values
         return values + (values.to(gates[0].rounding).float() - values).detach()

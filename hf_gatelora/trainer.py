@@ -213,8 +213,7 @@ class GatedLoraTrainer(EngineTrainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        folder = self._gated_folder(resume_from_checkpoint)
-        self.gates.check_resumable(folder)
+        folder = self._check_resumable(resume_from_checkpoint)
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             self.gates.watch(self.optimizer)
@@ -224,10 +223,22 @@ class GatedLoraTrainer(EngineTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if self.is_deepspeed_enabled and checkpoint is not None:  # the engine has loaded its weights by now
-            folder = self._gated_folder(checkpoint)
-            self.gates.check_resumable(folder)
-            self.gates.restore(folder, raw_weights=False)
+            self.gates.restore(self._check_resumable(checkpoint), raw_weights=False)
         super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _check_resumable(self, checkpoint) -> Path:
+        deepspeed = any(Path(checkpoint).glob("global_step*"))
+        written = "DeepSpeed" if deepspeed else "FSDP" if any(Path(checkpoint).glob("*_fsdp*")) else "plain or DDP"
+        here = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else "plain or DDP"
+        if written != here:
+            raise ValueError(
+                f"{checkpoint} was written by a {written} run, this is a {here} run, which cannot read that one's "
+                "optimizer state. Resume with the launcher config of that run, or load the adapter with "
+                "PeftModel.from_pretrained(base_model, checkpoint, is_trainable=True) and train anew."
+            )
+        folder = self._gated_folder(checkpoint)
+        self.gates.check_resumable(folder)
+        return folder
 
     def _load_best_model(self):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:

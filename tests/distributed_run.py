@@ -11,12 +11,16 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import DistributedType, PartialState
 from conftest import make_trainer
-from models import FAMILIES, Images, collate, lora_config, outputs_of
+from models import FAMILIES, Images, collate, lora_config, outputs_of, prompts
 from peft import get_peft_model
 from transformers import TrainerCallback
 
 from hf_gatelora import GateConfig, attach_gates
 from hf_gatelora.engines import without_embedding_units
+from hf_gatelora.evaluation.zero_shot import image_features
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+from train_clip import contrastive_loss
 
 # Made before DeepSpeed is set up, which changes how transformers initialises weights.
 MODELS = {name: family["model"]() for name, family in FAMILIES.items()}
@@ -52,7 +56,7 @@ class OutputsAtSave(TrainerCallback):
 
 
 def train_and_resume(output: Path) -> None:
-    """Train each family without a stop, resume it from before and after the freeze; then a loop without Trainer."""
+    """Train each family without a stop, resume it from before and after the freeze; then the rest of the tests."""
     for name, family in FAMILIES.items():
         folder, outputs = output / name, OutputsAtSave(family)
         evaluation = {"eval_strategy": "steps", "eval_steps": 10, "eval_dataset": Images(), "callbacks": [outputs]}
@@ -83,7 +87,22 @@ def train_and_resume(output: Path) -> None:
             again = make(family, folder / f"resumed-{step}", **RUN)
             again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
         write(folder, found)
+    write(output / "contrastive", {"features": contrastive(output / "contrastive")})
     write(output / "loop", {"open": own_loop(output / "loop" / "folded")})
+
+
+def contrastive(folder: Path) -> list:
+    """Trains on image-text pairs with the recipe's loss, and embeds an odd number of images; returns the embeddings."""
+
+    def pairs(rows):
+        labels = torch.arange(len(rows))
+        return {**collate(rows), "input_ids": prompts()["input_ids"][collate(rows)["labels"]], "labels": labels}
+
+    family = {**FAMILIES["clip"], "trainer": {"data_collator": pairs, "compute_loss_func": contrastive_loss}}
+    trainer = make(family, folder, max_steps=6)
+    trainer.train()
+    trainer.save_model(folder)
+    return image_features(MODELS["clip"], Images(13), batch_size=4).tolist()
 
 
 def own_loop(folder: Path) -> list[bool]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import make_trainer
 from models import FAMILIES
 from safetensors.torch import load_file
 
@@ -104,6 +105,37 @@ def test_resume_is_exact(config, family, ran):
             assert whole.keys() == resumed.keys()
             for key in whole:
                 assert torch.equal(whole[key], resumed[key]), (step, key)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_resume_on_one_process(config, family, ran, tmp_path):
+    """A DDP run goes on where it was on another number of processes; an engine's run only under that engine."""
+    folder = ran(config) / family["name"]
+    trainer = make_trainer(family, tmp_path, max_steps=30, weight_decay=0.1)
+    if "zero" in config.stem or "fsdp" in config.stem:
+        with pytest.raises(ValueError, match=r"was written by a (DeepSpeed|FSDP) run, this is a plain or DDP run"):
+            trainer.train(resume_from_checkpoint=str(folder / "checkpoint-10"))
+        return
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-10"))
+    trainer.save_model(tmp_path / "saved")
+    actual, expected = (
+        load_file(f / "adapter_model.safetensors") for f in (tmp_path / "saved", folder / "checkpoint-30")
+    )
+    assert actual.keys() == expected.keys()
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_contrastive_and_features(config, ran):
+    """Two processes contrast with the pairs of both, and together embed each image once."""
+    folder, reference = ran(config) / "contrastive", ran(CONFIGS[0]) / "contrastive"
+    actual, expected = (load_file(run / "adapter_model.safetensors") for run in (folder, reference))
+    assert actual.keys() == expected.keys()
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+    expected = torch.tensor(ranks(reference)[0]["features"])
+    assert expected.shape == (13, 8)
+    for rank in ranks(folder):
+        torch.testing.assert_close(torch.tensor(rank["features"]), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
