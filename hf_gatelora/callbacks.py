@@ -6,6 +6,7 @@ from accelerate.state import GradientState
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
+from . import sharding
 from .controller import GateController
 
 logger = logging.getLogger(__name__)
@@ -118,10 +119,18 @@ def separate_scores(gates: GateController, optimizer, lr_scheduler) -> None:
     """Give the scores their own group in an optimizer that Trainer made: own learning rate, no weight decay.
 
     Raises:
-        ValueError: where the learning-rate scheduler cannot take another group.
+        ValueError: where the learning-rate scheduler, or DeepSpeed's optimizer, cannot take another group.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     scores = {id(p) for p in gates.score_parameters()}
+    if any(sharding.is_zero(p) for p in gates.score_parameters()):
+        groups = inner.fp16_groups if hasattr(inner, "fp16_groups") else inner.bit16_groups
+        if not any(group and all(id(p) in scores for p in group) for group in groups):
+            raise ValueError(
+                "DeepSpeed's optimizer cannot take the scores' group in afterwards. Use GatedLoraTrainer, or pass "
+                "Trainer(..., optimizers=(torch.optim.AdamW(gates.param_groups(lr=...)), None))."
+            )
+        return
     holding = [g for g in inner.param_groups if any(id(p) in scores for p in g["params"])]
     if all(g["weight_decay"] == 0 and all(id(p) in scores for p in g["params"]) for g in holding) and holding:
         return

@@ -515,13 +515,21 @@ class GateController:
             "total_steps": torch.tensor(self.total_steps or 0),
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Take over a state; a frozen one freezes this model to the same open blocks."""
+    def load_state_dict(self, state: dict, write_scores: bool = True) -> None:
+        """Take over a state; a frozen one freezes this model to the same open blocks.
+
+        Args:
+            write_scores: False where an engine has loaded the scores' parameters, more exact than the state has them.
+        """
         self.progress, self.steps = float(state["progress"]), int(state["steps"])
         self.total_steps = int(state["total_steps"]) or None
-        self.set_scores(state["scores"])
         if len(state["open"]):
+            self._scores = state["scores"].to(self._device)
             self._close(state["open"].bool())
+        elif write_scores:
+            self.set_scores(state["scores"])
+        else:
+            self._refresh()
 
     def check_resumable(self, directory) -> None:
         """Check that a checkpoint was written by a run with the same base model, blocks and gate configuration.
@@ -556,16 +564,16 @@ class GateController:
                 f"{directory} was written with another gate configuration: {listed}. Resume with the same."
             )
 
-    def restore(self, directory, raw_weights: bool = True) -> None:
+    def restore(self, directory, by_engine: bool = False) -> None:
         """Take over the gates of a checkpoint that `check_resumable` accepted and whose weights are loaded.
 
         Args:
-            raw_weights: whether the loaded weights are folded, so that those as trained must take their place.
+            by_engine: whether DeepSpeed or FSDP loaded them, as trained; otherwise they came from the folded adapter.
         """
         state, raw, _ = read_state(directory)
-        if raw_weights:
+        if not by_engine:
             load_raw(self.model, raw)
-        self.load_state_dict(state)
+        self.load_state_dict(state, write_scores=not by_engine)
 
     @property
     def lambda_(self) -> float:

@@ -1,5 +1,6 @@
 """What DeepSpeed and FSDP2 need in order to take a vision model with LoRA layers over."""
 
+import logging
 import os
 from contextlib import ExitStack, contextmanager
 
@@ -8,27 +9,28 @@ from transformers import Trainer
 
 from .sharding import is_zero3, whole_shape
 
+logger = logging.getLogger(__name__)
+
 
 class EngineTrainer(Trainer):
     """`Trainer` that gets CLIP and DINOv2 through `accelerator.prepare` under DeepSpeed and FSDP2.
 
     Raises:
-        ValueError: at the start, for settings of the launcher that would be dropped, or under which Trainer would
-            write no adapter.
+        ValueError: at the start, where the processes would train apart, and under FSDP settings that lose the adapter.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if self.args.world_size != launched:
+        if "LOCAL_RANK" in os.environ and self.args.world_size != launched:
             raise ValueError(
                 f"Launched with {launched} processes, but each would train alone (world size {self.args.world_size}). "
                 "On the CPU also pass --use_cpu (use_cpu=True in the training arguments)."
             )
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not self.is_fsdp_enabled:
-            raise ValueError(
-                "Launched for FSDP, but accelerate uses it only on accelerators and found none (or was told use_cpu): "
-                "every process would train the whole model. Launch with accelerate_configs/multi_cpu.yaml."
+            logger.warning(
+                "Launched for FSDP, but accelerate applies it on accelerators only: without one this is plain data "
+                "parallelism, and every process holds the whole model."
             )
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin

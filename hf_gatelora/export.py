@@ -17,6 +17,7 @@ from . import layer as seam
 
 STATE_FILE = "gatelora_state.safetensors"
 SUMMARY_FILE = "gates.json"
+TEMPORARY = ".tmp-adapter-"
 RAW = "raw."  # prefix in the state file of weights as trained, where folding changed them
 
 
@@ -51,8 +52,10 @@ def write_adapter(
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    for stale in directory.glob(f"{TEMPORARY}*"):  # of a process that was killed
+        shutil.rmtree(stale)
     # PEFT's card builder reads an existing card and keeps it, so it has to see it.
-    with tempfile.TemporaryDirectory(prefix=".tmp-adapter-", dir=directory) as temporary:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=directory) as temporary:
         if (directory / "README.md").exists():
             shutil.copy(directory / "README.md", temporary)
         PeftModel.save_pretrained(model, temporary, selected_adapters=[adapter_name], state_dict=weights, **kwargs)

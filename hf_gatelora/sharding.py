@@ -52,7 +52,7 @@ def read(parameters: list[Tensor]) -> list[Tensor]:
 def write(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
     """Overwrite whole parameters, in the model and in the optimizer's copy. Collective where they are partitioned."""
     for parameter, value in zip(parameters, values, strict=True):
-        value = value.to(parameter.device, parameter.dtype)
+        value = value.to(parameter.device)
         if is_zero3(parameter):
             import deepspeed
             from deepspeed.utils import safe_set_local_fp32_param
@@ -60,11 +60,12 @@ def write(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.data.copy_(value)
             if hasattr(parameter, "_z3_optimizer"):  # from_pretrained partitions before there is an optimizer
+                # In DeepSpeed 0.19 the function that takes the whole value fails on partitions with padding.
                 safe_set_local_fp32_param(parameter, parameter.ds_tensor.float())
         elif is_fsdp2(parameter):
             from torch.distributed.tensor import distribute_tensor
 
-            parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
+            parameter.copy_(distribute_tensor(value.to(parameter.dtype), parameter.device_mesh, parameter.placements))
         else:
             parameter.copy_(value)
             if is_zero(parameter):

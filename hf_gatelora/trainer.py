@@ -219,11 +219,11 @@ class GatedLoraTrainer(EngineTrainer):
             self.gates.watch(self.optimizer)
         else:
             self._load_adapters(resume_from_checkpoint)
-        self.gates.restore(folder, raw_weights=not self.is_fsdp_enabled)
+        self.gates.restore(folder, by_engine=self.is_fsdp_enabled)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if self.is_deepspeed_enabled and checkpoint is not None:  # the engine has loaded its weights by now
-            self.gates.restore(self._check_resumable(checkpoint), raw_weights=False)
+            self.gates.restore(self._check_resumable(checkpoint), by_engine=True)
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _check_resumable(self, checkpoint) -> Path:

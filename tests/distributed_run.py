@@ -57,6 +57,7 @@ class OutputsAtSave(TrainerCallback):
 
 def train_and_resume(output: Path) -> None:
     """Train each family without a stop, resume it from before and after the freeze; then the rest of the tests."""
+    write(output / "contrastive", {"features": contrastive(output / "contrastive")})
     for name, family in FAMILIES.items():
         folder, outputs = output / name, OutputsAtSave(family)
         evaluation = {"eval_strategy": "steps", "eval_steps": 10, "eval_dataset": Images(), "callbacks": [outputs]}
@@ -87,7 +88,11 @@ def train_and_resume(output: Path) -> None:
             again = make(family, folder / f"resumed-{step}", **RUN)
             again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
         write(folder, found)
-    write(output / "contrastive", {"features": contrastive(output / "contrastive")})
+    rounded = {"max_steps": 12, "save_strategy": "steps", "save_steps": 4, "bf16": True}
+    make(FAMILIES["dinov2"], output / "bf16", **rounded).train()
+    for step in (4, 8):
+        again = make(FAMILIES["dinov2"], output / "bf16" / f"resumed-{step}", **rounded)
+        again.train(resume_from_checkpoint=str(output / "bf16" / f"checkpoint-{step}"))
     write(output / "loop", {"open": own_loop(output / "loop" / "folded")})
 
 

@@ -97,14 +97,16 @@ def test_same_gates(config, family, ran, stock_peft):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
-def test_resume_is_exact(config, family, ran):
-    folder = ran(config) / family["name"]
-    for step in (10, 20):
+def test_resume_is_exact(config, ran):
+    runs = {(name, step, 30) for name in FAMILIES for step in (10, 20)} | {("bf16", step, 12) for step in (4, 8)}
+    for name, step, last in sorted(runs):
         for file in ("adapter_model.safetensors", "gatelora_state.safetensors"):
-            whole, resumed = (load_file(run / "checkpoint-30" / file) for run in (folder, folder / f"resumed-{step}"))
+            folder = ran(config) / name
+            whole = load_file(folder / f"checkpoint-{last}" / file)
+            resumed = load_file(folder / f"resumed-{step}" / f"checkpoint-{last}" / file)
             assert whole.keys() == resumed.keys()
             for key in whole:
-                assert torch.equal(whole[key], resumed[key]), (step, key)
+                assert torch.equal(whole[key], resumed[key]), (name, step, key)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)

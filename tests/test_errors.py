@@ -8,7 +8,7 @@ from conftest import make_trainer
 from models import FAMILIES, Images, lora_config
 from peft import IA3Config, LoraConfig, get_peft_model
 
-from hf_gatelora import GateConfig, GatedLoraTrainer, attach_gates
+from hf_gatelora import GateConfig, GatedLoraTrainer, GatedLoraTrainingArguments, attach_gates
 
 CONFIGS = {
     "kind": ({"kind": "hard"}, "kind='hard' is not known: use one of 'straight_through'"),
@@ -183,3 +183,28 @@ def test_an_optimizer_without_the_scores_is_refused(family, tmp_path):
     trainer.optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-2, weight_decay=0.1))
     trainer.train()
     assert gates.frozen
+
+
+def test_ddp_that_wants_every_gradient_is_refused(family, tmp_path):
+    """Closed blocks get no gradient, which this wrapper answers with an error at the step after."""
+    model = get_peft_model(family["model"](), lora_config(family["model"]()))
+    gates = attach_gates(model, GateConfig(target_active=0.5))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        wrapper = torch.nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(RuntimeError, match="find_unused_parameters=True"):
+            gates.freeze()
+        wrapper.find_unused_parameters = True
+        gates.freeze()
+        assert gates.active_fraction == 0.5
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_processes_that_would_train_alone(family, tmp_path, monkeypatch):
+    arguments = GatedLoraTrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    assert arguments.world_size == 1  # as where accelerate looked for a GPU and found none
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"2 processes, but each would train alone .* --use_cpu"):
+        GatedLoraTrainer(family["model"](), arguments, peft_config=lora_config(family["model"]()))
