@@ -270,6 +270,7 @@ def main(argv: list[str]) -> None:
     if writes:
         print(f"\n{table(read_results(results.path))}\n")
         print(f"Accuracies in %, with the change against the base. Adapters, figures and results.jsonl: {output}")
+    PartialState().destroy_process_group()  # without it a process now and then aborts as it exits
 
 
 if __name__ == "__main__":

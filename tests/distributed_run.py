@@ -88,12 +88,12 @@ def train_and_resume(output: Path) -> None:
             again = make(family, folder / f"resumed-{step}", **RUN)
             again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
         write(folder, found)
+    write(output / "loop", {"open": own_loop(output / "loop" / "folded")})
     rounded = {"max_steps": 12, "save_strategy": "steps", "save_steps": 4, "bf16": True}
     make(FAMILIES["dinov2"], output / "bf16", **rounded).train()
     for step in (4, 8):
         again = make(FAMILIES["dinov2"], output / "bf16" / f"resumed-{step}", **rounded)
         again.train(resume_from_checkpoint=str(output / "bf16" / f"checkpoint-{step}"))
-    write(output / "loop", {"open": own_loop(output / "loop" / "folded")})
 
 
 def contrastive(folder: Path) -> list:
@@ -190,3 +190,4 @@ if __name__ == "__main__":
         {f.__name__: f for f in (train_and_resume, killed_in_step, killed_in_save, resumed)}[sys.argv[1]](
             Path(sys.argv[2])
         )
+    PartialState().destroy_process_group()  # without it a process now and then aborts as it exits
