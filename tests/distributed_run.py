@@ -178,7 +178,13 @@ def make(family, folder, **arguments):
     batch = 8 // int(os.environ.get("WORLD_SIZE", "1"))
     model = copy.deepcopy(MODELS[family["name"]])
     torch.manual_seed(0)  # for the LoRA layers
-    return make_trainer(family, folder, model, per_device_train_batch_size=batch, **arguments)
+    trainer = make_trainer(family, folder, model, per_device_train_batch_size=batch, **arguments)
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        # As in a large model, parameters are partitioned again after each use; those of a small one would stay whole.
+        limits = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+        plugin.deepspeed_config["zero_optimization"].update({f"stage3_{limit}": 0 for limit in limits})
+    return trainer
 
 
 def write(folder: Path, found: dict) -> None:
