@@ -28,7 +28,9 @@ def launch(config: Path, task: str, output: Path, folder: Path) -> subprocess.Co
     on_cpu.write_text(yaml.safe_dump({**settings, "use_cpu": True}))
     script = Path(__file__).with_name("distributed_run.py")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", on_cpu, script, task, output]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+    # DeepSpeed compiles an operation on first use, with the ninja that lies beside this Python.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
 
