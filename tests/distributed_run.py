@@ -196,4 +196,6 @@ if __name__ == "__main__":
         {f.__name__: f for f in (train_and_resume, killed_in_step, killed_in_save, resumed)}[sys.argv[1]](
             Path(sys.argv[2])
         )
-    PartialState().destroy_process_group()  # without it a process now and then aborts as it exits
+    # Everything is written. What torch does with gloo's threads as a process exits aborts it now and then.
+    PartialState().wait_for_everyone()
+    os._exit(0)
