@@ -27,22 +27,16 @@ MODELS = {name: family["model"]() for name, family in FAMILIES.items()}
 RUN = {"max_steps": 30, "save_strategy": "steps", "save_steps": 10, "weight_decay": 0.1}
 
 
-class SimulatedAccelerators:
-    """Accelerate applies FSDP on accelerators only: for FSDP the CPU passes for one here."""
+def simulate_accelerators() -> None:
+    """Accelerate applies FSDP on accelerators only: from now on the CPU passes for one."""
+    initialize = PartialState.__init__
 
-    def __enter__(self):
-        initialize = PartialState.__init__
+    def pretend(state, *args, **kwargs):
+        initialize(state, *args, **kwargs)
+        if state.distributed_type == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU
 
-        def pretend(state, *args, **kwargs):
-            initialize(state, *args, **kwargs)
-            if state.distributed_type == DistributedType.MULTI_CPU:
-                state.distributed_type = DistributedType.MULTI_GPU
-
-        if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-            PartialState.__init__ = pretend
-
-    def __exit__(self, *args):
-        pass
+    PartialState.__init__ = pretend
 
 
 class OutputsAtSave(TrainerCallback):
@@ -192,10 +186,10 @@ def write(folder: Path, found: dict) -> None:
 
 
 if __name__ == "__main__":
-    with SimulatedAccelerators():
-        {f.__name__: f for f in (train_and_resume, killed_in_step, killed_in_save, resumed)}[sys.argv[1]](
-            Path(sys.argv[2])
-        )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        simulate_accelerators()
+    tasks = {task.__name__: task for task in (train_and_resume, killed_in_step, killed_in_save, resumed)}
+    tasks[sys.argv[1]](Path(sys.argv[2]))
     # Everything is written. What torch does with gloo's threads as a process exits aborts it now and then.
     PartialState().wait_for_everyone()
     os._exit(0)
