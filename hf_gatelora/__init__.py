@@ -10,6 +10,7 @@ _HOME = {
     "GateController": "controller",
     "attach_gates": "controller",
     "GateAnnealingCallback": "callbacks",
+    "RetentionCallback": "retention",
     "GatedLoraTrainer": "trainer",
     "GatedLoraTrainingArguments": "trainer",
 }

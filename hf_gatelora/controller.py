@@ -310,9 +310,12 @@ class GateController:
         else:
             towers, counts = zip(*self._counts, strict=True)
             mask = maths.select_open(self._ranking(), list(towers), list(counts))
+        optimizers = [optimizer for optimizer in (known() for known in self._optimizers) if optimizer is not None]
         self._close(mask)
         if self.config.rewind:
             self._rewind()
+            for optimizer in optimizers:
+                sharding.restart(optimizer)
         if self.degenerate:
             logger.warning(self.degenerate)
 
@@ -345,7 +348,7 @@ class GateController:
         self._forget(removed)
 
     def _rewind(self) -> None:
-        """Bring the open blocks back to the base model, as LoRA starts: B = 0. A and the optimizer stay as they are."""
+        """Bring the open blocks back to the base model, as LoRA starts: B = 0. A stays as it is."""
         for is_open, members in zip(self._open.tolist(), self.blocks.values(), strict=True):
             for name in members if is_open else []:
                 _zero(self._layers[name].lora_B[self.adapter_name].parameters())
@@ -471,9 +474,9 @@ class GateController:
         """Make an optimizer known, so that the freeze drops closed blocks from it; its first step does so as well."""
         if self.frozen or any(known() is optimizer for known in self._optimizers):
             return
-        own = {id(p) for p in self.score_parameters()}
-        own |= {id(p) for layer in self._layers.values() for p in seam.lora_parameters(layer, self.adapter_name)}
-        if any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+        own = self.score_parameters()
+        own += [p for layer in self._layers.values() for p in seam.lora_parameters(layer, self.adapter_name)]
+        if sharding.updates(optimizer, own):
             self._optimizers.append(weakref.ref(optimizer))
             score = self.score_parameters()[0]
             for group in optimizer.param_groups:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import layer as seam
@@ -94,3 +94,44 @@ def load_raw(model: PeftModel, raw: dict[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
     for key, value in raw.items():
         parameters[key].copy_(value)
+
+
+def scale_adapter(directory: str | os.PathLike, scale: float, output: str | os.PathLike) -> None:
+    """Write a copy of a LoRA adapter with its update scaled: WiSE-FT (arXiv 2109.01903) between base and adapter.
+
+    Heads in `modules_to_save` stay as they were trained. What resuming needs is left out.
+
+    Args:
+        directory: a stock LoRA adapter, for instance one that this package wrote.
+        scale: 0 gives the base, 1 the adapter.
+        output: another folder.
+
+    Raises:
+        ValueError: where the scale is out of range, the folders are the same, or no LoRA adapter is found whose output
+            is linear in B.
+    """
+    directory, output = Path(directory), Path(output)
+    if not 0 <= scale <= 1:
+        raise ValueError(f"scale={scale} is out of range: it must be a number in [0, 1].")
+    if directory.resolve() == output.resolve():
+        raise ValueError(f"{output} is the adapter's own folder: give another one, the adapter stays as it is.")
+    try:
+        config = json.loads((directory / CONFIG_NAME).read_text())
+        weights = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory} holds no readable adapter ({error}).") from error
+    if config.get("peft_type") != "LORA" or config.get("use_dora"):
+        kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
+        raise ValueError(f"{directory} is a {kind} adapter: only plain LoRA can be scaled through its B.")
+    weights = {
+        key: value * scale if "lora_B" in key or "lora_embedding_B" in key else value for key, value in weights.items()
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=output) as temporary:
+        save_file(weights, Path(temporary) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        shutil.copy(directory / CONFIG_NAME, temporary)
+        if (directory / SUMMARY_FILE).is_file():
+            summary = json.loads((directory / SUMMARY_FILE).read_text())
+            (Path(temporary) / SUMMARY_FILE).write_text(json.dumps({**summary, "scale": scale}, indent=1) + "\n")
+        for file in Path(temporary).iterdir():
+            os.replace(file, output / file.name)

@@ -74,6 +74,33 @@ def write(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
                 safe_set_full_fp32_param(parameter, value.float())
 
 
+def updates(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> bool:
+    """Whether a torch optimizer updates any of the parameters, itself or through the flat copies of ZeRO."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    ids = {id(p) for p in held}
+    for parameter in parameters:
+        if id(parameter) in ids or getattr(getattr(parameter, "_z3_optimizer", None), "optimizer", None) is optimizer:
+            return True
+        flat = getattr(getattr(parameter, "_hp_mapping", None), "hp_fragment", None)  # of this process's part
+        if flat is not None and any(flat.untyped_storage().data_ptr() == p.untyped_storage().data_ptr() for p in held):
+            return True
+    return False
+
+
+@torch.no_grad()
+def restart(optimizer: torch.optim.Optimizer) -> None:
+    """Bring an optimizer back to before its first step, in place: ZeRO holds on to the state's tensors."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                value.zero_()
+            elif name == "step":
+                state[name] = 0
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = 0
+
+
 def stack_shards(parameters: list[nn.Parameter]) -> Tensor:
     """FSDP2's parameters of one element each as one whole tensor, with gradient to the shards. Collective.
 

@@ -57,7 +57,7 @@ OOD_STYLES = ["chalk", "blueprint", "neon"]
 TEMPLATES = ["a {}", "a photo of a {}"]
 SIZE, SCALE = 40, 3  # picture side in pixels; shapes are drawn SCALE times larger, then averaged down
 
-SIZES = {"pretrain": 20000, "train": 600, "test": 500, "retention": 960}  # 960: every prompt three times
+SIZES = {"pretrain": 20000, "train": 600, "test": 500, "retention": 960, "bank": 3200}  # 960: three of each
 STEPS, BATCH, MUON_LR, LR = 1100, 96, 0.02, 3e-3
 
 
@@ -347,6 +347,8 @@ def build(folder: Path) -> None:
         save_set(drawn, labels, SHAPES, folder / "data" / f"{style}-{split}.parquet")
     drawn, numbers = draw_set(PRETRAIN_STYLES, SIZES["retention"], 99)
     save_set(drawn, numbers, KINDS, folder / "data" / "retention-test.parquet")
+    drawn, numbers = draw_set(PRETRAIN_STYLES, SIZES["bank"], 98)
+    save_set(drawn, numbers, KINDS, folder / "data" / "retention-bank.parquet")  # what k-NN compares with
     processor = make_processor()
     model = make_model(processor.tokenizer, pictures)
     with tqdm(total=STEPS * BATCH, desc="pretraining the toy CLIP", unit=" pictures") as bar:

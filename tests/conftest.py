@@ -24,6 +24,16 @@ def family(request) -> dict:
 
 
 @pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """Folder with the recipes' tiny world."""
+    from world import build
+
+    root = tmp_path_factory.mktemp("world")
+    build(root)
+    return root
+
+
+@pytest.fixture(scope="session")
 def stock_peft():
     """`stock_peft(family, directory)`: outputs of the adapter in a process that cannot import hf_gatelora."""
     script = Path(__file__).with_name("stock_peft.py")

@@ -19,7 +19,7 @@ from hf_gatelora import GateConfig, attach_gates
 from hf_gatelora.engines import without_embedding_units
 from hf_gatelora.evaluation.zero_shot import image_features
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+sys.path.append(str(Path(__file__).parents[1] / "recipes"))
 from train_clip import contrastive_loss
 
 # Made before DeepSpeed is set up, which changes how transformers initialises weights.
@@ -54,9 +54,10 @@ def train_and_resume(output: Path) -> None:
     write(output / "contrastive", {"features": contrastive(output / "contrastive")})
     for name, family in FAMILIES.items():
         folder, outputs = output / name, OutputsAtSave(family)
+        settings = {**RUN, "gate_rewind": name == "dinov2"}
         evaluation = {"eval_strategy": "steps", "eval_steps": 10, "eval_dataset": Images(), "callbacks": [outputs]}
         best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
-        trainer = outputs.trainer = make(family, folder, **RUN | evaluation | best)
+        trainer = outputs.trainer = make(family, folder, **settings | evaluation | best)
         trainer.train()
         trainer.save_model(folder / "saved")
         trainer.gates.save_folded(folder / "folded")
@@ -79,7 +80,7 @@ def train_and_resume(output: Path) -> None:
         if trainer.is_world_process_zero():  # only one process looks
             trainer.gates.summary()
         for step in (10, 20):
-            again = make(family, folder / f"resumed-{step}", **RUN)
+            again = make(family, folder / f"resumed-{step}", **settings)
             again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
         write(folder, found)
     write(output / "loop", {"open": own_loop(output / "loop" / "folded")})

@@ -34,13 +34,22 @@ class Results:
             data, split: name of the data set and its part.
         """
         row = {"method": method, "role": role, "data": data, "split": split, "metric": metric, "value": value, "n": n}
-        self.rows.append({**row, **more, **self.common})
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        os.replace(temporary, self.path)
+        self.extend([{**row, **more}])
+
+    def extend(self, rows: list[dict]) -> None:
+        """Add measurements with the fields of `add`, and write the file once."""
+        self.rows += [{**row, **self.common} for row in rows]
+        if self.path is not None:
+            write_results(self.rows, self.path)
+
+
+def write_results(rows: list[dict], path: str | os.PathLike) -> None:
+    """Write rows to a results file, under a temporary name that is then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(temporary, path)
 
 
 def read_results(path: str | os.PathLike) -> list[dict]:

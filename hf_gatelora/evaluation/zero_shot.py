@@ -1,5 +1,7 @@
 """Zero-shot classification with a CLIP model: each image over the texts of all class prompts."""
 
+from collections.abc import Callable, Mapping, Sequence
+
 import torch
 from accelerate import PartialState
 from torch import Tensor
@@ -48,11 +50,40 @@ def text_features(model, tokens: dict[str, Tensor], batch_size: int = 256) -> Te
     return torch.cat(features)
 
 
-def top1_accuracy(images: Tensor, classes: Tensor, labels: Tensor) -> float:
-    """Fraction of the images whose nearest class, by cosine, is their label.
+def ensemble_text_features(
+    model,
+    tokenize: Callable[[list[str]], Mapping[str, Tensor]],
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    batch_size: int = 256,
+) -> Tensor:
+    """Zero-shot classifier from an ensemble of prompts, as in CLIP (arXiv 2103.00020, section 3.1.4).
+
+    Each class gets the mean over the templates of its L2-normalised text features, L2-normalised again.
 
     Args:
-        images, classes: normalised features of shape (n, d) and (classes, d).
-        labels: class indices of shape (n,).
+        model: a `CLIPModel` or a `PeftModel` on one; its mode is left as it was.
+        tokenize: makes `input_ids` and `attention_mask` from a list of texts.
+        class_names: the strings that replace `{}`.
+        templates: strings with a `{}`, for instance `prompt_templates("openai")`.
+        batch_size: texts in one forward, 256 by default.
+
+    Returns:
+        Features of shape (classes, d), fp32 on the CPU.
+
+    Raises:
+        ValueError: no class, no template, or a template without `{}`.
     """
-    return ((images @ classes.T).argmax(dim=-1) == labels).float().mean().item()
+    if not class_names or not templates:
+        raise ValueError(f"{len(class_names)} class names and {len(templates)} templates: give at least one of each.")
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"template {template!r} has no {{}} for the class name.")
+    features = []
+    step = max(1, batch_size // len(templates))  # whole classes, so that no more than a batch is held
+    for start in range(0, len(class_names), step):
+        names = class_names[start : start + step]
+        tokens = tokenize([template.format(name) for name in names for template in templates])
+        embedded = text_features(model, tokens, batch_size).unflatten(0, (len(names), len(templates)))
+        features.append(torch.nn.functional.normalize(embedded.mean(dim=1), dim=-1))
+    return torch.cat(features)

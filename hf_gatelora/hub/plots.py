@@ -58,6 +58,53 @@ def gate_map(summary: dict, path: str | os.PathLike) -> None:
         axis.set_title(tower or "model", fontsize=9)
     figure.colorbar(image, ax=axes, label=f"score (tau = {tau:g})", shrink=0.9)
     figure.suptitle(f"Gates: {summary['open']} of {summary['gates']} open (framed)", fontsize=10)
+    _save(figure, path)
+
+
+def frontier(rows: list[dict], path: str | os.PathLike) -> None:
+    """Draw ID and OOD accuracy against retention: one line per method, through the scales of its adapter (WiSE-FT).
+
+    Args:
+        rows: of a results file, of one or several seeds, whose mean is drawn.
+        path: PNG file, written under a temporary name and then renamed.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from ..evaluation.suite import primary
+
+    found: dict[str, dict[float, dict[int, list[dict]]]] = {}
+    for row in rows:
+        if row["role"] != "cost":
+            scales = found.setdefault(row["method"], {})
+            scales.setdefault(row.get("wise", 1.0), {}).setdefault(row["seed"], []).append(row)
+
+    def mean(seeds: dict[int, list[dict]], role: str) -> float:
+        values = [value for value in (primary(rows, role) for rows in seeds.values()) if value is not None]
+        return 100 * sum(values) / len(values) if values else float("nan")
+
+    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (role, name) in zip(figure.subplots(1, 2), (("id", "ID"), ("ood", "OOD")), strict=True):
+        for method, scales in found.items():
+            if method == "base":
+                continue
+            points = [(mean(scales[s], "retention"), mean(scales[s], role)) for s in sorted(scales)]
+            (line,) = axis.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.2, label=method)
+            axis.plot(*points[-1], marker="o", markersize=9, color=line.get_color())
+        if "base" in found:
+            (seeds,) = found["base"].values()
+            base = mean(seeds, "retention"), mean(seeds, role)
+            axis.plot(*base, marker="*", markersize=13, color="black", linestyle="none", label="base")
+        axis.set_xlabel("retention accuracy (%)")
+        axis.set_ylabel(f"{name} accuracy (%)")
+        axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.suptitle("What was gained against what was kept (large dot: the adapter at scale 1)", fontsize=10)
+    _save(figure, path)
+
+
+def _save(figure, path: str | os.PathLike) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.tmp.png")
     figure.savefig(temporary)

@@ -1,0 +1,93 @@
+"""`RetentionCallback`: ID, OOD and retention during training, as changes against the base model."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback
+
+from .evaluation.suite import ROLES, Suite, primary
+
+logger = logging.getLogger(__name__)
+
+
+class RetentionCallback(TrainerCallback):
+    """Measures a suite at every evaluation of a Trainer, beside the base model (the adapter disabled, measured once).
+
+    The evaluation's metrics get, for each role that the suite has sets of (`id`, `ood`, `retention`):
+
+    * `eval_<role>`: mean over its sets of their primary metric, a fraction;
+    * `eval_<role>_delta`: the same minus that of the base;
+    * `eval_id_kept`, where there are ID and retention sets: ID accuracy if at most `max_loss` of retention is lost,
+      else the (negative) change in retention. As `metric_for_best_model` it picks the best ID accuracy among the
+      checkpoints that kept enough, and where none did the one that lost least.
+
+    So they can be named in `metric_for_best_model`, and an `EarlyStoppingCallback` after this callback sees them. They
+    are logged with one entry for each set. Evaluation takes no random numbers from the training.
+
+    Args:
+        suite: what is measured, for instance a `ClipSuite`.
+        max_samples: images per set, 500; None takes all.
+        max_loss: retention that may be lost for `eval_id_kept`, a fraction, 0.01.
+        log: called with the entries. `GatedLoraTrainer` sets it; with a stock `Trainer` set `callback.log =
+            trainer.log`, else they go to the state's log history and to Python's logging.
+    """
+
+    def __init__(
+        self,
+        suite: Suite,
+        max_samples: int | None = 500,
+        max_loss: float = 0.01,
+        log: Callable[[dict[str, float]], None] | None = None,
+    ):
+        if max_samples is not None and max_samples < 1:
+            raise ValueError(f"max_samples={max_samples}: give the number of images per set, at least 1, or None.")
+        if not 0 <= max_loss <= 1:
+            raise ValueError(f"max_loss={max_loss} is a fraction of all retention images: give a number in [0, 1].")
+        self.suite = suite if max_samples is None else suite.sample(max_samples)
+        self.max_loss, self.log = max_loss, log
+        self.base: list[dict] | None = None
+        self._found: tuple[int, dict[str, float]] | None = None
+
+    def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
+        if metrics is None or not any(key.startswith("eval_") for key in metrics):
+            return  # a prediction, or an evaluation under another prefix
+        if self._found is None or self._found[0] != state.global_step:  # Trainer evaluates each of several sets
+            entries, means = self._measure(model)
+            self._found = state.global_step, means
+            if self.log is not None:
+                self.log({**entries, **means})
+            elif state.is_world_process_zero:
+                state.log_history.append({**entries, **means, "step": state.global_step})
+                logger.info(f"step {state.global_step}: {means}")
+        metrics.update(self._found[1])
+
+    def _measure(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
+        if not isinstance(model, PeftModel):
+            raise TypeError(
+                f"RetentionCallback compares with the base by disabling the adapter: it needs a PeftModel, found "
+                f"{type(model).__name__}."
+            )
+        trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        with torch.random.fork_rng(devices=[]):
+            rows = self.suite.measure(model, "now")
+            if self.base is None:
+                with model.disable_adapter():
+                    self.base = self.suite.measure(model, "base")
+        for parameter, value in trainable.items():  # PEFT makes every adapter trainable that it enables
+            parameter.requires_grad_(value)
+        before = {(row["data"], row["metric"]): row["value"] for row in self.base}
+        entries = {}
+        for row in rows:
+            key = f"eval_{row['role']}/{row['data']}/{row['metric']}"
+            entries |= {key: row["value"], f"{key}_delta": row["value"] - before[row["data"], row["metric"]]}
+        means = {}
+        for role in ROLES:
+            if (now := primary(rows, role)) is not None:
+                means |= {f"eval_{role}": now, f"eval_{role}_delta": now - primary(self.base, role)}
+        if "eval_id" in means and "eval_retention" in means:
+            kept = means["eval_retention_delta"] >= -self.max_loss
+            means["eval_id_kept"] = means["eval_id"] if kept else means["eval_retention_delta"]
+        return entries, means

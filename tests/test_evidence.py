@@ -1,0 +1,322 @@
+"""What is said about gain and retention: suites, the DINOv2 recipe, WiSE-FT, evaluate.py, compare.py, the callback."""
+
+import importlib.util
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from conftest import make_trainer
+from models import FAMILIES, Images, lora_config, outputs_of, randomize
+from peft import PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
+from safetensors.torch import load_file
+from sklearn.neighbors import KNeighborsClassifier
+from transformers import CLIPModel, Dinov2ForImageClassification, EarlyStoppingCallback
+from world import NAMES, ROOT, TASKS, TinyClip, parse, words
+
+from hf_gatelora import GateConfig, RetentionCallback, attach_gates
+from hf_gatelora.evaluation.backbone import backbone_features
+from hf_gatelora.evaluation.results import read_results
+from hf_gatelora.evaluation.suite import ClassifierSuite, EvalSet
+from hf_gatelora.export import scale_adapter
+
+# isort: split
+import compare
+import data as sources
+import methods
+import tasks
+
+
+@pytest.fixture
+def tiny_tasks(monkeypatch):
+    """The scripts that take a recipe by its name take those of the tiny world."""
+    monkeypatch.setattr(tasks, "TASKS", TASKS)
+
+
+def values(rows, **wanted):
+    """`{(data, metric): value}` of the rows that have these fields; a row without `wise` has scale 1."""
+    rows = [{"wise": 1.0, **row} for row in rows if row["role"] != "cost"]
+    return {
+        (row["data"], row["metric"]): row["value"]
+        for row in rows
+        if all(row[field] == value for field, value in wanted.items())
+    }
+
+
+def labelled(task, source):
+    images = sources.LabelledImages(str(source), task.pixels)
+    return images, torch.stack([row["pixel_values"] for row in images]), images.labels
+
+
+def test_dinov2_recipe(world, tmp_path):
+    line = ["--retention", f"old={world / 'saved'}", "--bank", f"old={world / 'data.parquet'}", "--knn_k", "3"]
+    line += ["--methods", "linear_probe", "gated", "--ood", f"one={world / 'splits'}:test", "--max_steps", "40"]
+    arguments, training = parse("dinov2", [*words(world, tmp_path / "out", "dinov2"), *line])
+    methods.main(TASKS["dinov2"][0], arguments, training)
+    rows = read_results(tmp_path / "out" / "results.jsonl")
+    sets = {("test", "top1"), ("test", "ece"), ("one", "top1"), ("one", "ece")}
+    sets |= {("old", metric) for metric in ("top1", "ece", "knn_top1")}
+    for method in ("base", "linear_probe", "gated"):
+        assert set(values(rows, method=method)) == sets
+    # The probe is the base: the head is fitted before the blocks are trained.
+    assert values(rows, method="linear_probe") == values(rows, method="base")
+    assert values(rows, method="gated")["test", "top1"] >= values(rows, method="base")["test", "top1"]
+
+    # Retention is measured on the tuned backbone, with the head that was published and with neighbours.
+    published = Dinov2ForImageClassification.from_pretrained(world / "dinov2").eval()
+    task = TASKS["dinov2"][0](arguments)
+    task.prepare(sources.LabelledImages(arguments.train, task.pixels))
+    tuned = PeftModel.from_pretrained(task.base(), tmp_path / "out" / "gated").eval()
+    _, pixels, labels = labelled(task, world / "saved")
+    _, bank, bank_labels = labelled(task, world / "data.parquet")
+    with torch.no_grad():
+        backbone = tuned.get_base_model().dinov2
+        hidden, neighbours = (backbone(pixel_values=p).last_hidden_state for p in (pixels, bank))
+        logits = published.classifier(torch.cat([hidden[:, 0], hidden[:, 1:].mean(1)], dim=-1))
+    found = values(rows, method="gated")
+    assert found["old", "top1"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
+    votes = KNeighborsClassifier(3, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    votes.fit(neighbours[:, 0].double(), bank_labels)
+    assert found["old", "knn_top1"] == pytest.approx(votes.score(hidden[:, 0].double(), labels))
+
+
+def test_a_published_head_without_the_classes_needs_a_bank(world, tmp_path):
+    arguments, _ = parse("dinov2", words(world, tmp_path / "out", "dinov2"))
+    model = Dinov2ForImageClassification.from_pretrained(world / "dinov2")
+    model.config.id2label = {i: f"class {i}" for i in range(4)}
+    arguments.model = str(tmp_path / "unnamed")
+    model.save_pretrained(arguments.model)
+    task = TASKS["dinov2"][0].__new__(TASKS["dinov2"][0])
+    task.arguments, task.name = arguments, arguments.model
+    old = EvalSet("retention", "old", Images(4), labels=Images(4).labels, class_names=NAMES)
+    with pytest.raises(ValueError, match=r"'old' cannot be measured: the published head does not have its classes"):
+        task.suite([old], 8)
+    (tmp_path / "map.json").write_text(json.dumps({"red": 2, "1": 0, "blue": 1, "grey": 3}))
+    arguments.head_label_map = str(tmp_path / "map.json")
+    assert task.suite([old], 8).head_classes["old"].tolist() == [2, 0, 1, 3]
+
+
+def test_methods_scales_and_what_is_finished(world, tmp_path):
+    """Every method runs; scale 0 is the base and 1 the adapter; what is finished is not run again."""
+    names = ["linear_probe", "full", "lora", "lora_equal", "random", "gated", "gated@0.1"]
+    line = [*words(world, tmp_path / "out"), "--retention", f"old={world / 'saved'}", "--methods", *names]
+    line += ["--wise", "0", "0.5", "1", "--keep_finished"]
+    methods.main(TinyClip, *parse("clip", line))
+    rows = read_results(tmp_path / "out" / "results.jsonl")
+    base = values(rows, method="base")
+    for method in names[2:]:
+        assert values(rows, method=method, wise=0.0) == base
+        at_one = [row for row in rows if row["method"] == method and row.get("wise") == 1]
+        assert values(at_one) == values([r for r in rows if r["method"] == method and "wise" not in r])
+    assert values(rows, method="linear_probe")["old", "top1"] == base["old", "top1"]
+    assert values(rows, method="linear_probe")["test", "top1"] > base["test", "top1"]
+    blocks = {row["method"]: (row["value"], row["of"]) for row in rows if row["metric"] == "open_blocks"}
+    assert blocks == {
+        "lora": (18, 18),
+        "lora_equal": (18, 18),
+        "random": (4, 4),
+        "gated": (4, 18),
+        "gated@0.1": (2, 18),
+    }
+    size = {row["method"]: row["value"] for row in rows if row["metric"] == "trainable_parameters"}
+    assert size["full"] == sum(p.numel() for p in CLIPModel.from_pretrained(world / "model").parameters())
+    assert size["lora_equal"] * 2 == size["lora"]  # rank 1 is the least
+    assert matplotlib.image.imread(tmp_path / "out" / "frontier.png").std() > 0.02
+
+    before = (tmp_path / "out" / "results.jsonl").read_bytes()
+    times = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").glob("*/adapter_model.safetensors")}
+    (tmp_path / "out" / "random" / "results.jsonl").unlink()
+    methods.main(TinyClip, *parse("clip", line))
+    again = {f.parent.name for f, time in times.items() if f.stat().st_mtime_ns != time}
+    assert again == {"random"}
+    # The same seed gives the same blocks and weights; only the times differ.
+    for old, new in zip(
+        map(json.loads, before.splitlines()), read_results(tmp_path / "out" / "results.jsonl"), strict=True
+    ):
+        assert old["metric"] == new["metric"]
+        assert old["value"] == new["value"] or old["metric"] == "seconds_per_step"
+
+
+def stock_lora(model, folder):
+    """A LoRA adapter that PEFT wrote, with random weights."""
+    adapted = get_peft_model(model, lora_config(model))
+    randomize(adapted)
+    adapted.save_pretrained(folder)
+
+
+def test_scaled_adapter(family, tmp_path):
+    stock_lora(family["model"](), tmp_path / "whole")
+    model = PeftModel.from_pretrained(family["model"](), tmp_path / "whole").eval()
+    for scale in (0.0, 0.5, 1.0):
+        scale_adapter(tmp_path / "whole", scale, tmp_path / f"{scale}")
+        written = PeftModel.from_pretrained(family["model"](), tmp_path / f"{scale}").eval()
+        with rescale_adapter_scale(model, scale):
+            torch.testing.assert_close(outputs_of(family, written), outputs_of(family, model))
+    base = family["model"]()
+    assert torch.equal(
+        outputs_of(family, PeftModel.from_pretrained(family["model"](), tmp_path / "0.0")), outputs_of(family, base)
+    )
+    assert not [file for file in tmp_path.rglob("*") if "tmp" in file.name]
+    for arguments, message in {
+        (tmp_path / "whole", 1.5, tmp_path / "x"): "scale=1.5 is out of range",
+        (tmp_path / "whole", 0.5, tmp_path / "whole"): "is the adapter's own folder",
+        (tmp_path / "none", 0.5, tmp_path / "x"): "holds no readable adapter",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            scale_adapter(*arguments)
+    dora = get_peft_model(family["model"](), lora_config(family["model"](), use_dora=True))
+    dora.save_pretrained(tmp_path / "dora")
+    with pytest.raises(ValueError, match="is a DoRA adapter"):
+        scale_adapter(tmp_path / "dora", 0.5, tmp_path / "x")
+
+
+def test_evaluate_a_stock_lora(world, tmp_path, tiny_tasks, capsys):
+    spec = importlib.util.spec_from_file_location("evaluate_recipe", ROOT / "recipes" / "evaluate.py")
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    stock_lora(CLIPModel.from_pretrained(world / "model"), tmp_path / "adapter")
+    line = ["clip", *words(world, tmp_path / "out"), "--retention", f"old={world / 'saved'}", "--wise", "0", "0.5"]
+    recipe.main([*line, "--adapter", str(tmp_path / "adapter"), "--fold", "0.5"])
+    rows = read_results(tmp_path / "out" / "results.jsonl")
+    assert values(rows, method="adapter", wise=0.0) == values(rows, method="base")
+    arguments, _ = parse("clip", words(world, tmp_path / "out"))
+    task = TinyClip(arguments)
+    model = PeftModel.from_pretrained(CLIPModel.from_pretrained(world / "model"), tmp_path / "adapter").eval()
+    folded = PeftModel.from_pretrained(CLIPModel.from_pretrained(world / "model"), tmp_path / "out" / "folded").eval()
+    texts = task.tokens([f"a {name} square" for name in NAMES])
+    for source, name in ((world / "saved", "old"), (world / "data.parquet", "test")):
+        _, pixels, labels = labelled(task, source)
+        for scale, own in ((1.0, model), (0.5, folded)):
+            with torch.no_grad():
+                logits = own(pixel_values=pixels, **texts).logits_per_image
+            top1 = (logits.argmax(-1) == labels).float().mean().item()
+            assert values(rows, method="adapter", wise=scale)[name, "top1"] == pytest.approx(top1)
+    assert "| adapter x 0.5 |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="Give the recipe first, one of clip, dinov2; found 'lora'"):
+        recipe.main(["lora"])
+
+
+def test_compare(world, tmp_path, tiny_tasks, capsys):
+    line = ["clip", *words(world, tmp_path / "out"), "--retention", f"old={world / 'saved'}", "--wise", "0.5"]
+    compare.main([*line, "--seeds", "0", "--methods", "lora"])
+    first = (tmp_path / "out" / "seed-0" / "lora" / "adapter_model.safetensors").stat().st_mtime_ns
+    compare.main([*line, "--seeds", "0", "1", "--methods", "lora", "gated"])
+    assert (tmp_path / "out" / "seed-0" / "lora" / "adapter_model.safetensors").stat().st_mtime_ns == first
+    rows = read_results(tmp_path / "out" / "results.jsonl")
+    assert {(row["seed"], row["method"]) for row in rows} == {(s, m) for s in (0, 1) for m in ("base", "lora", "gated")}
+    table = (tmp_path / "out" / "comparison.md").read_text()
+    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:]] for line in table.splitlines()[2:]}
+    assert list(cells) == ["base", "lora", "lora x 0.5", "gated", "gated x 0.5"]
+    per_seed = [100 * values(rows, method="gated", seed=s, wise=0.5)["test", "top1"] for s in (0, 1)]
+    mean, sd = sum(per_seed) / 2, abs(per_seed[0] - per_seed[1]) / 2**0.5
+    assert cells["gated x 0.5"][0] == f"{mean:.1f} ± {sd:.1f}"
+    ids = {
+        m: sum(values(rows, method=m, seed=s, wise=1.0)["test", "top1"] for s in (0, 1)) / 2
+        for m in ("base", "lora", "gated")
+    }
+    assert cells["gated"][3] == f"{100 * (ids['gated'] - ids['base']) / (ids['lora'] - ids['base']):.0f} %"
+    (tmp_path / "out" / "comparison.md").unlink()
+    capsys.readouterr()
+    compare.main([*line, "--report"])
+    assert table in capsys.readouterr().out
+    assert (tmp_path / "out" / "comparison.md").read_text() == table
+
+
+# ---- the callback
+def watched(count=16):
+    images = Images(count)
+    sets = [
+        EvalSet(
+            role, role, images, "all", images.labels, NAMES, bank=EvalSet(role, "bank", Images(), "", Images().labels)
+        )
+        for role in ("id", "ood", "retention")
+    ]
+    return ClassifierSuite(sets, 8, k=3)
+
+
+RUN = {"max_steps": 30, "save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps", "eval_steps": 5}
+
+
+def test_callback_reports_changes_against_the_base(tmp_path):
+    family = FAMILIES["dinov2"]
+    callback = RetentionCallback(watched())
+    settings = {**RUN, "load_best_model_at_end": True, "metric_for_best_model": "id_kept"}
+    trainer = make_trainer(
+        family, tmp_path, callbacks=[callback, EarlyStoppingCallback(50)], eval_dataset=Images(), **settings
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_retention_delta" in entry]
+    assert [entry["step"] for entry in logged] == [5, 10, 15, 20, 25, 30]
+    base, suite = family["model"](), watched()
+    before = {row["data"]: row["value"] for row in suite.measure(base) if row["metric"] == "knn_top1"}
+    for entry in logged:
+        for role in before:
+            assert entry[f"eval_{role}_delta"] == pytest.approx(entry[f"eval_{role}"] - before[role])
+            assert entry[f"eval_{role}/{role}/knn_top1"] == entry[f"eval_{role}"]
+        lost = entry["eval_retention_delta"] < -0.01
+        assert entry["eval_id_kept"] == (entry["eval_retention_delta"] if lost else entry["eval_id"])
+    after = [entry for entry in logged if entry["step"] >= 15]
+    assert trainer.state.best_metric == max(entry["eval_id_kept"] for entry in after)
+    assert all(p.requires_grad == ("lora_" in n) for n, p in trainer.model.named_parameters())
+
+
+def test_callback_takes_no_random_numbers_and_resumes(tmp_path):
+    """With dropout: a run that is watched, one that is not, and one that is resumed end with the same weights."""
+    family = FAMILIES["dinov2"]
+
+    def run(name, resume=None, **more):
+        model = family["model"]()
+        config = lora_config(model, lora_dropout=0.3)
+        trainer = make_trainer(family, tmp_path / name, get_peft_model(model, config), **RUN | more)
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model(tmp_path / name / "end")
+        return load_file(tmp_path / name / "end" / "adapter_model.safetensors")
+
+    plain = run("plain", eval_dataset=Images())
+    for step in (10, 20):
+        seen = run("seen", eval_dataset=Images(), callbacks=[RetentionCallback(watched(), max_samples=7)])
+        again = run(
+            "again",
+            str(tmp_path / "seen" / f"checkpoint-{step}"),
+            eval_dataset=Images(),
+            callbacks=[RetentionCallback(watched(), max_samples=7)],
+        )
+        for found in (seen, again):
+            assert found.keys() == plain.keys()
+            assert all(torch.equal(found[key], plain[key]) for key in plain)
+
+
+def test_all_closed_keeps_everything():
+    family, suite = FAMILIES["dinov2"], watched()
+    model = get_peft_model(family["model"](), lora_config(family["model"]()))
+    gates = attach_gates(model, GateConfig(target_active=0.0))
+    randomize(model)
+    gates.set_scores(torch.zeros(len(gates.names)))
+    features = backbone_features(family["model"](), Images(8), 3)
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(backbone_features(model, Images(8), 3), features, strict=True))
+        assert suite.measure(model) == suite.measure(family["model"]())
+        gates.freeze()
+
+
+def test_samples_are_bounded_and_the_same():
+    suite = watched().sample(5)
+    for data in suite.sets:
+        assert (len(data), len(data.labels), len(data.bank)) == (5, 5, 5)
+    assert [d.images.indices for d in suite.sets] == [d.images.indices for d in watched().sample(5).sets]
+    assert len(watched().sample(100).sets[0]) == 16
+
+
+def test_callback_errors():
+    with pytest.raises(ValueError, match="max_samples=0"):
+        RetentionCallback(watched(), max_samples=0)
+    with pytest.raises(ValueError, match="max_loss=5 is a fraction"):
+        RetentionCallback(watched(), max_loss=5)
+    with pytest.raises(TypeError, match="needs a PeftModel, found Dinov2ForImageClassification"):
+        RetentionCallback(watched())._measure(FAMILIES["dinov2"]["model"]())
+    with pytest.raises(ValueError, match="role='old' is not known"):
+        EvalSet("old", "x", Images(), labels=Images().labels)
+    with pytest.raises(ValueError, match="neither labels nor captions"):
+        EvalSet("id", "x", Images())
