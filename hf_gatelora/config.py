@@ -91,6 +91,8 @@ class GateConfig:
                 f"warmup_ratio={self.warmup_ratio} is not before freeze_ratio={self.freeze_ratio}: no steps "
                 "would be left to search. Both are fractions of the whole run; set warmup_ratio < freeze_ratio."
             )
+        if self.rewind and self.freeze_ratio == 1:
+            raise ValueError("rewind=True needs steps after the freeze: set freeze_ratio < 1.")
         if not isinstance(self.seed, int):
             raise ValueError(f"seed={self.seed!r} must be an integer.")
         if self.lambda_ is not None:

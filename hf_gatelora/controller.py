@@ -116,6 +116,11 @@ class GateController:
         """One name per gate, in block order."""
         return list(self.blocks)
 
+    @property
+    def budget(self) -> list[tuple[list[int], int]]:
+        """(indices of its gates, how many stay open) for each part with a budget; empty where the threshold decides."""
+        return [] if self._counts is None else list(self._counts)
+
     # ---- scores -------------------------------------------------------------------------------------------------
 
     @property
@@ -238,7 +243,7 @@ class GateController:
                 logger.warning(
                     "No loss held the gates' penalty: add gates.penalty() to it, or nothing presses gates to close."
                 )
-            self.freeze()
+            self._freeze(rewind=self.config.rewind and progress < 1)
         else:
             self._refresh()
 
@@ -283,11 +288,15 @@ class GateController:
         """Make the gates 0 or 1 for good and take the closed blocks out of the model. Idempotent.
 
         With a budget exactly the budget's number stays open, the best by `criterion`; otherwise the scores >= tau.
-        Open blocks become stock PEFT LoRA; closed ones lose their parameters and their optimizer state.
+        Open blocks become stock PEFT LoRA; closed ones lose their parameters and their optimizer state. With `rewind`
+        they start again where `step` freezes them with steps to come, and not here: nothing would be left of them.
 
         Raises:
             RuntimeError: where a score is not finite, the adapter is merged, or DDP does not allow unused parameters.
         """
+        self._freeze(rewind=False)
+
+    def _freeze(self, rewind: bool) -> None:
         if self.frozen:
             return
         if any(seam.is_merged(layer) for layer in self._layers.values()):
@@ -312,7 +321,7 @@ class GateController:
             mask = maths.select_open(self._ranking(), list(towers), list(counts))
         optimizers = [optimizer for optimizer in (known() for known in self._optimizers) if optimizer is not None]
         self._close(mask)
-        if self.config.rewind:
+        if rewind:
             self._rewind()
             for optimizer in optimizers:
                 sharding.restart(optimizer)

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 from transformers import Trainer
 
+from .retention import RetentionCallback
 from .sharding import is_zero3, whole_shape
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,9 @@ class EngineTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, RetentionCallback) and callback.log is None:
+                callback.log = self.log
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if "LOCAL_RANK" in os.environ and self.args.world_size != launched:
             raise ValueError(

@@ -4,11 +4,14 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.helpers import rescale_adapter_scale
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -51,22 +54,18 @@ def write_adapter(
             weights[key] = weights[key] * factor
 
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    for stale in directory.glob(f"{TEMPORARY}*"):  # of a process that was killed
-        shutil.rmtree(stale)
-    # PEFT's card builder reads an existing card and keeps it, so it has to see it.
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=directory) as temporary:
+
+    def write(temporary: Path) -> None:
+        # PEFT's card builder reads an existing card and keeps it, so it has to see it.
         if (directory / "README.md").exists():
             shutil.copy(directory / "README.md", temporary)
         PeftModel.save_pretrained(model, temporary, selected_adapters=[adapter_name], state_dict=weights, **kwargs)
-        folder = Path(temporary) / ("" if adapter_name == "default" else adapter_name)
+        folder = temporary / ("" if adapter_name == "default" else adapter_name)
         save_file(state, folder / STATE_FILE)
         (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
-        written = {file.name: file for file in (*Path(temporary).iterdir(), *folder.iterdir()) if file.is_file()}
-        for name, file in written.items():
-            os.replace(file, directory / name)
-    for name in {SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME} - set(written):  # of an earlier save in the other format
-        (directory / name).unlink(missing_ok=True)
+
+    # Of the weight files, one may be of an earlier save in the other format.
+    _replace_files(directory, write, {SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME})
 
 
 def read_state(directory: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
@@ -96,19 +95,70 @@ def load_raw(model: PeftModel, raw: dict[str, Tensor]) -> None:
         parameters[key].copy_(value)
 
 
-def scale_adapter(directory: str | os.PathLike, scale: float, output: str | os.PathLike) -> None:
-    """Write a copy of a LoRA adapter with its update scaled: WiSE-FT (arXiv 2109.01903) between base and adapter.
+@contextmanager
+def scaled(model: PeftModel, scale: float):
+    """Within this context the model lies between its base (scale 0) and its adapter (1): WiSE-FT (arXiv 2109.01903).
 
-    Heads in `modules_to_save` stay as they were trained. What resuming needs is left out.
+    The LoRA update is scaled; heads in `modules_to_save` are interpolated with those of the base.
+    """
+    heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    pairs = [
+        (own, base)
+        for head in heads
+        for name in head.active_adapters
+        for own, base in zip(head.modules_to_save[name].parameters(), head.original_module.parameters(), strict=True)
+    ]
+    kept = [own.detach().clone() for own, _ in pairs]
+    try:
+        with torch.no_grad():
+            for own, base in pairs:
+                own.copy_(torch.lerp(base, own, scale))
+        with rescale_adapter_scale(model, scale):
+            yield
+    finally:
+        with torch.no_grad():
+            for (own, _), value in zip(pairs, kept, strict=True):
+                own.copy_(value)
+
+
+def check_scalable(config: dict, source: str) -> None:
+    """Check that an adapter is the base at scale 0, and in between at every other.
+
+    Args:
+        config: contents of its `adapter_config.json`.
+        source: names it in the message.
+
+    Raises:
+        ValueError: where it is no plain LoRA: DoRA, trained biases, an initialisation that changed the base weights.
+    """
+    reasons = {
+        f"peft_type is {config.get('peft_type')}": config.get("peft_type") != "LORA",
+        "it uses DoRA": config.get("use_dora"),
+        f"it trained biases (bias={config.get('bias')!r})": config.get("bias", "none") != "none",
+        f"init_lora_weights={config.get('init_lora_weights')!r} changed the base weights": config.get(
+            "init_lora_weights", True
+        )
+        not in seam.PLAIN_INITS,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise ValueError(f"{source} cannot be scaled: {' and '.join(found)}. Only plain LoRA is the base at scale 0.")
+
+
+def scale_adapter(
+    directory: str | os.PathLike, scale: float, output: str | os.PathLike, base: torch.nn.Module | None = None
+) -> None:
+    """Write a copy of a LoRA adapter that lies between the base and it, as `scaled` (WiSE-FT).
 
     Args:
         directory: a stock LoRA adapter, for instance one that this package wrote.
         scale: 0 gives the base, 1 the adapter.
-        output: another folder.
+        output: another folder. What resuming needs is not written there.
+        base: the base model, where the adapter has heads in `modules_to_save`: theirs are interpolated with its.
 
     Raises:
-        ValueError: where the scale is out of range, the folders are the same, or no LoRA adapter is found whose output
-            is linear in B.
+        ValueError: where the scale is out of range, the folders are the same, no LoRA adapter is found, it is not plain
+            LoRA (`check_scalable`), or it has heads and there is no base that fits.
     """
     directory, output = Path(directory), Path(output)
     if not 0 <= scale <= 1:
@@ -120,18 +170,41 @@ def scale_adapter(directory: str | os.PathLike, scale: float, output: str | os.P
         weights = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
     except (OSError, ValueError) as error:
         raise ValueError(f"{directory} holds no readable adapter ({error}).") from error
-    if config.get("peft_type") != "LORA" or config.get("use_dora"):
-        kind = "DoRA" if config.get("use_dora") else config.get("peft_type")
-        raise ValueError(f"{directory} is a {kind} adapter: only plain LoRA can be scaled through its B.")
-    weights = {
-        key: value * scale if "lora_B" in key or "lora_embedding_B" in key else value for key, value in weights.items()
-    }
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=output) as temporary:
-        save_file(weights, Path(temporary) / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        shutil.copy(directory / CONFIG_NAME, temporary)
+    check_scalable(config, str(directory))
+    heads = base.state_dict() if base is not None else {}
+    for key, value in weights.items():
+        if "lora_B" in key or "lora_embedding_B" in key:
+            weights[key] = value * scale
+        elif "lora_" not in key:
+            name = key.removeprefix(seam.PREFIX)
+            if name not in heads or heads[name].shape != value.shape:
+                raise ValueError(
+                    f"{directory} also has {name} of shape {tuple(value.shape)}: pass the base model whose head it "
+                    "replaces, so that the two can be interpolated."
+                )
+            weights[key] = torch.lerp(heads[name].to(value), value, scale)
+
+    def write(folder: Path) -> None:
+        save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        shutil.copy(directory / CONFIG_NAME, folder)
         if (directory / SUMMARY_FILE).is_file():
             summary = json.loads((directory / SUMMARY_FILE).read_text())
-            (Path(temporary) / SUMMARY_FILE).write_text(json.dumps({**summary, "scale": scale}, indent=1) + "\n")
-        for file in Path(temporary).iterdir():
-            os.replace(file, output / file.name)
+            (folder / SUMMARY_FILE).write_text(json.dumps({**summary, "scale": scale}, indent=1) + "\n")
+
+    _replace_files(output, write, {STATE_FILE})
+
+
+def _replace_files(directory: Path, write: Callable[[Path], None], stale: set[str]) -> None:
+    """Move what `write` puts into a temporary folder to `directory`, and remove those of `stale` that it did not."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for left in directory.glob(f"{TEMPORARY}*"):  # of a process that was killed
+        shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=directory) as temporary:
+        write(Path(temporary))
+        written = {
+            file.name: file for file in (*Path(temporary).glob("*"), *Path(temporary).glob("*/*")) if file.is_file()
+        }
+        for name, file in written.items():
+            os.replace(file, directory / name)
+    for name in stale - set(written):
+        (directory / name).unlink(missing_ok=True)

@@ -32,7 +32,8 @@ class RetentionCallback(TrainerCallback):
         max_samples: images per set, 500; None takes all.
         max_loss: retention that may be lost for `eval_id_kept`, a fraction, 0.01.
         log: called with the entries. `GatedLoraTrainer` sets it; with a stock `Trainer` set `callback.log =
-            trainer.log`, else they go to the state's log history and to Python's logging.
+            trainer.log`, else they go to the state's log history and to Python's logging. The base is taken to stay as
+            it is while this object lives.
     """
 
     def __init__(
@@ -49,20 +50,30 @@ class RetentionCallback(TrainerCallback):
         self.suite = suite if max_samples is None else suite.sample(max_samples)
         self.max_loss, self.log = max_loss, log
         self.base: list[dict] | None = None
-        self._found: tuple[int, dict[str, float]] | None = None
+        self._found: dict[str, float] | None = None  # of this step's weights
+        self._training = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._training, self._found = True, None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._found = None  # the weights change
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._training = False
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         if metrics is None or not any(key.startswith("eval_") for key in metrics):
             return  # a prediction, or an evaluation under another prefix
-        if self._found is None or self._found[0] != state.global_step:  # Trainer evaluates each of several sets
-            entries, means = self._measure(model)
-            self._found = state.global_step, means
+        if self._found is None or not self._training:  # Trainer evaluates each of several sets
+            entries, self._found = self._measure(model)
+            means = self._found
             if self.log is not None:
                 self.log({**entries, **means})
             elif state.is_world_process_zero:
                 state.log_history.append({**entries, **means, "step": state.global_step})
                 logger.info(f"step {state.global_step}: {means}")
-        metrics.update(self._found[1])
+        metrics.update(self._found)
 
     def _measure(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
         if not isinstance(model, PeftModel):

@@ -14,7 +14,6 @@ from .controller import CONTROLLER, attach_gates
 from .engines import EngineTrainer
 from .export import SUMMARY_FILE
 from .layer import check_targets
-from .retention import RetentionCallback
 
 
 @dataclass
@@ -125,9 +124,6 @@ class GatedLoraTrainer(EngineTrainer):
             self.add_callback(annealing[0])
         for callback in annealing:  # what a stock Trainer needs is done here, in compute_loss and create_optimizer
             callback.add_penalty = callback._separate = False
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, RetentionCallback) and callback.log is None:
-                callback.log = self.log
 
     # ---- loss ---------------------------------------------------------------------------------------------------
 

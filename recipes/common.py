@@ -1,5 +1,6 @@
 """What the recipes share: arguments from YAML and command line, and the fields that every recipe has."""
 
+from argparse import _ExtendAction
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -17,7 +18,7 @@ METHODS = {
     "gated": "gated LoRA",
 }
 BUDGETED = ("gated", "random", "lora_equal")
-# What the comparison in recipes/README.md found to keep most; the library's own defaults are the plain method.
+# Keeps more of the prior knowledge (recipes/README.md); the library's own defaults are the plain method.
 DEFAULTS = {"gate_rewind": True}
 
 
@@ -30,6 +31,12 @@ class RecipeArguments:
     test: str = field(default=None, metadata={"help": "source of the ID test images"})
     validation: str = field(
         default=None, metadata={"help": "source of ID images for evaluation during training (--eval_strategy)"}
+    )
+    validation_ood: list[str] = field(
+        default=None, metadata={"help": "name=source of an OOD set to watch meanwhile", "action": "extend"}
+    )
+    validation_retention: list[str] = field(
+        default=None, metadata={"help": "name=source of a retention set to watch meanwhile", "action": "extend"}
     )
     ood: list[str] = field(
         default=None, metadata={"help": "name=source of an OOD set; may be repeated", "action": "extend"}
@@ -102,7 +109,8 @@ def parse_arguments(classes: list[type], argv: list[str]) -> tuple:
             raise ValueError(f"{argv[0]}: unknown field {', '.join(map(repr, unknown))}. See --help for the fields.")
         argv = argv[1:]
     # A list on the command line replaces that of the file, and may be given in several pieces.
-    lists = {k: defaults.pop(k) for k in ("ood", "retention", "bank") if k in defaults}
+    pieces = {action.dest for action in parser._actions if isinstance(action, _ExtendAction)}
+    lists = {name: defaults.pop(name) for name in pieces & set(defaults)}
     parser.set_defaults(**DEFAULTS | defaults)
     parsed = parser.parse_args_into_dataclasses(argv)
     for group in parsed:
@@ -110,6 +118,10 @@ def parse_arguments(classes: list[type], argv: list[str]) -> tuple:
             if hasattr(group, name) and getattr(group, name) is None:
                 setattr(group, name, value)
     return parsed
+
+
+# What a run may differ in from one whose results it takes over.
+NOT_OF_THE_METHOD = {"methods", "keep_finished", "output_dir", "logging_dir", "resume_from_checkpoint", "disable_tqdm"}
 
 
 def not_default(training: GatedLoraTrainingArguments) -> dict:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from accelerate import PartialState
-from common import parse_arguments
+from common import METHODS, parse_arguments
 from methods import Run
 from report import comparison
 from tasks import named_task
@@ -32,18 +32,23 @@ class CompareArguments:
 
 
 def finished_rows(output: Path) -> list[dict]:
-    """Rows of all seeds and methods that are finished, in the order in which the first seed has them."""
-    files = sorted(output.glob("seed-*/*/results.jsonl"), key=lambda file: file.stat().st_mtime)
-    rows = [row for file in files for row in read_results(file)]
-    order = {method: i for i, method in enumerate(dict.fromkeys(row["method"] for row in rows))}
-    return sorted(rows, key=lambda row: (order[row["method"]], -row.get("wise", 2.0), row["seed"]))
+    """Rows of all seeds and methods that are finished; of results.jsonl, where the runs are not there any more."""
+    files = sorted(output.glob("seed-*/*/results.jsonl")) or [output / "results.jsonl"]
+    rows = [row for file in files if file.is_file() for row in read_results(file)]
+    if not rows:
+        raise ValueError(f"{output} has no finished runs: neither seed-N/METHOD/results.jsonl nor results.jsonl.")
+    order = ["base", *METHODS]
+
+    def place(row: dict) -> tuple:
+        name, _, budget = row["method"].partition("@")
+        return order.index(name), float(budget or 0), -row.get("wise", 2.0), row["seed"]
+
+    return sorted(rows, key=place)
 
 
 def write_report(output: Path) -> str:
-    """Write results.jsonl, comparison.md and frontier.png from the finished runs; returns the table."""
+    """Write results.jsonl, comparison.md and frontier.png from what is finished; returns the table."""
     rows = finished_rows(output)
-    if not rows:
-        raise ValueError(f"{output} has no finished runs (seed-N/METHOD/results.jsonl).")
     write_results(rows, output / "results.jsonl")
     text = comparison(rows)
     temporary = output / ".comparison.md.tmp"
@@ -60,7 +65,9 @@ def main(argv: list[str]) -> None:
     arguments.keep_finished = True
     output = Path(training.output_dir)
     for seed in [] if compared.report else compared.seeds:
-        Run(task_class, arguments, replace(training, output_dir=str(output / f"seed-{seed}"), seed=seed)).run()
+        seeded = {"seed": seed, "gate_seed": seed if training.gate_kind == "hard_concrete" else training.gate_seed}
+        folder = str(output / f"seed-{seed}")
+        Run(task_class, arguments, replace(training, output_dir=folder, **seeded)).run()
     if PartialState().is_main_process:
         print(f"\n{write_report(output)}\n")
         print(f"Accuracies in %, mean ± sd over seeds. results.jsonl, comparison.md and frontier.png: {output}")

@@ -67,7 +67,7 @@ class LabelledImages(torch.utils.data.Dataset):
     Args:
         source: as for `load_images`.
         transform: from an RGB image to `pixel_values`.
-        class_names: the classes that string labels index; None takes those that occur.
+        class_names: the classes that the labels index, by name; None takes those of the column.
         label_column, caption_column: names of these columns; the label column must hold `ClassLabel`s or strings.
 
     Raises:
@@ -95,16 +95,19 @@ class LabelledImages(torch.utils.data.Dataset):
     def _read_labels(self, column: str, class_names: list[str] | None) -> None:
         feature, values = self.data.features[column], list(self.data[column])
         if isinstance(feature, ClassLabel):
-            self.class_names = list(feature.names)
+            self.class_names = class_names or list(feature.names)
+            if self.class_names != feature.names:  # the same classes in another order, or a part of them
+                named = range(len(feature.names))
+                values = [feature.names[value] if value in named else value for value in values]
         elif getattr(feature, "dtype", None) == "string":
             self.class_names = class_names or sorted(set(values) - {None})
-            index = {name: i for i, name in enumerate(self.class_names)}
-            values = [index.get(value, value) for value in values]
         else:
             raise ValueError(
                 f"{self.source}: column {column!r} holds {feature}, without class names. Cast it with "
                 f'data.cast_column("{column}", datasets.ClassLabel(names=[...])), or use strings.'
             )
+        index = {name: i for i, name in enumerate(self.class_names)}
+        values = [index.get(value, value) for value in values]
         for row, value in enumerate(values):
             if not isinstance(value, int) or not 0 <= value < len(self.class_names):
                 raise ValueError(

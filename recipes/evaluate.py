@@ -9,6 +9,7 @@ and the training images, which say what the classes are. Nothing is trained but 
 import sys
 from dataclasses import dataclass, field
 
+from accelerate import PartialState
 from common import parse_arguments
 from methods import Run
 from peft import PeftModel
@@ -38,9 +39,10 @@ def main(argv: list[str]) -> None:
     arguments, training, evaluated = parse_arguments(classes, argv[1:])
     run = Run(task_class, arguments, training)
     if evaluated.fold is not None and run.writes:
-        scale_adapter(evaluated.adapter, evaluated.fold, run.output / "folded")
+        scale_adapter(evaluated.adapter, evaluated.fold, run.output / "folded", run.task.base())
     model = PeftModel.from_pretrained(run.task.base(), evaluated.adapter).to(training.device)
     run.finish(run.measured("adapter", model))
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Training and measuring the methods that a recipe compares: the run from arguments to results."""
 
+import json
 import random
 import statistics
 import time
@@ -11,21 +12,21 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from common import RecipeArguments, not_default, parse_method
+from common import NOT_OF_THE_METHOD, RecipeArguments, not_default, parse_method
 from data import LabelledImages, parse_named_sources
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.helpers import rescale_adapter_scale
-from peft.tuners.lora import LoraLayer
 from report import table
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
-from hf_gatelora import GatedLoraTrainer, GatedLoraTrainingArguments, RetentionCallback
+from hf_gatelora import GatedLoraTrainer, GatedLoraTrainingArguments, RetentionCallback, attach_gates
 from hf_gatelora.engines import EngineTrainer
 from hf_gatelora.evaluation.results import Results, read_results, write_results
 from hf_gatelora.evaluation.suite import EvalSet, Suite
+from hf_gatelora.export import check_scalable, scaled
 from hf_gatelora.hub.plots import frontier, gate_map
+from hf_gatelora.layer import PLAIN_INITS
 
 ADAPTER_FILE, MODEL_FILE = "adapter_model.safetensors", "model.safetensors"
 
@@ -91,24 +92,30 @@ class StepTimer(TrainerCallback):
         return statistics.median(self.seconds[frozen])
 
 
-def adapted(task: Task, name: str, budget: float, seed: int) -> nn.Module:
-    """A new model as the method trains it; for `gated` before the gates are attached."""
+def adapted(task: Task, name: str, training: GatedLoraTrainingArguments) -> nn.Module:
+    """A new model as the method trains it; for `gated` before the gates are attached.
+
+    Raises:
+        ValueError: for a method with a budget where there is none.
+    """
     arguments, model = task.arguments, task.base()
     r, alpha = arguments.lora_r, arguments.lora_alpha or arguments.lora_r
     if name == "full":
         return model
-    if name == "lora_equal":
-        equal = max(1, round(r * budget))
-        return get_peft_model(model, task.lora_config(model, equal, max(1, round(alpha * equal / r))))
     config = task.lora_config(model, r, alpha)
-    if name == "random":
-        everywhere = get_peft_model(task.base(), config)
-        blocks = [
-            module.removeprefix("base_model.model.")
-            for module, layer in everywhere.named_modules()
-            if isinstance(layer, LoraLayer)
-        ]
-        config.target_modules = set(random.Random(seed).sample(blocks, max(1, round(budget * len(blocks)))))
+    if name in ("lora", "gated"):
+        return get_peft_model(model, config)
+    if training.gate_target_active is None:
+        raise ValueError(f"--methods {name} needs a budget: give --gate_target_active.")
+    # The budget as the gates would have it, tower by tower.
+    gates = attach_gates(get_peft_model(task.base(), config), training.gate_config())
+    if name == "lora_equal":
+        # Below rank 1 LoRA does not go: with a very small budget it has more parameters than that.
+        equal = max(1, round(r * sum(count for _, count in gates.budget) / len(gates.names)))
+        return get_peft_model(model, task.lora_config(model, equal, max(1, round(alpha * equal / r))))
+    draw = random.Random(training.seed)
+    chosen = {gates.names[i] for members, count in gates.budget for i in draw.sample(members, count)}
+    config.target_modules = {module for gate in chosen for module in gates.blocks[gate]}
     return get_peft_model(model, config)
 
 
@@ -121,8 +128,10 @@ def train(
         validation: `eval_dataset` and `callbacks` for the Trainer, or nothing.
     """
     set_seed(training.seed)
-    name, budget = parse_method(method)
-    model = adapted(task, name, training.gate_target_active if budget is None else budget, training.seed)
+    name, _ = parse_method(method)
+    model = adapted(task, name, training)
+    if name == "full":  # the callback needs an adapter
+        validation = {key: value for key, value in validation.items() if key != "callbacks"}
     common = {"args": training, "train_dataset": data, "processing_class": task.processor, **validation}
     common |= task.trainer_parts(data)
     if name == "gated":
@@ -132,7 +141,10 @@ def train(
         trainer = EngineTrainer(model, **common)
         timer = StepTimer()
     trainer.add_callback(timer)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    resume = training.resume_from_checkpoint
+    if resume is True and not any(Path(training.output_dir).glob("checkpoint-*")):
+        resume = None  # of several methods, one that has not started yet
+    trainer.train(resume_from_checkpoint=resume)
     return trainer, timer
 
 
@@ -158,7 +170,7 @@ class Run:
     """One call of a recipe: what it trains and measures, and the files it writes.
 
     Args:
-        task: of the recipe.
+        task_class: of the recipe.
         arguments, training: as parsed.
     """
 
@@ -181,18 +193,15 @@ class Run:
             self.task = task_class(arguments)
         self.data = self.images(arguments.train)
         self.task.prepare(self.data)
-        names = self.data.class_names
         self.suite = self.task.suite(
             [
-                self.eval_set("id", "test", arguments.test, names),
-                *(self.eval_set("ood", *named, names) for named in parse_named_sources("ood", arguments.ood).items()),
-                *(
-                    self.eval_set("retention", *n)
-                    for n in parse_named_sources("retention", arguments.retention).items()
-                ),
+                *self.eval_sets("id", {"test": arguments.test}),
+                *self.eval_sets("ood", parse_named_sources("ood", arguments.ood)),
+                *self.eval_sets("retention", parse_named_sources("retention", arguments.retention)),
             ],
             training.per_device_eval_batch_size,
         )
+        self.suite.num_workers = training.dataloader_num_workers
         stated = {**asdict(arguments), **not_default(training)}
         self.common = {"model": arguments.model, "seed": training.seed, "arguments": stated}
 
@@ -201,28 +210,44 @@ class Run:
         captions = getattr(self.arguments, "caption_column", "caption")
         return LabelledImages(source, self.task.pixels, self.arguments.label_column, captions, class_names)
 
-    def eval_set(self, role: str, name: str, source: str, class_names: list[str] | None = None) -> EvalSet:
-        """A source as a set of the suite."""
-        images = self.images(source, class_names)
-        banks = parse_named_sources("bank", getattr(self.arguments, "bank", None))
-        bank = None
-        if role == "retention" and name in banks:
-            neighbours = self.images(banks[name], images.class_names)
-            bank = EvalSet(role, name, neighbours, banks[name], neighbours.labels, neighbours.class_names)
-        labels = images.labels
-        if role != "retention" and getattr(self.arguments, "mode", None) == "contrastive" and images.captions:
-            labels = None  # it is what it was trained for that is measured
-        return EvalSet(role, name, images, source, labels, images.class_names, images.captions, bank)
+    def eval_sets(self, role: str, named: dict[str, str]) -> list[EvalSet]:
+        """Sources as sets of the suite."""
+        banks = parse_named_sources("bank", getattr(self.arguments, "bank", None)) if role == "retention" else {}
+        for name, source in banks.items():
+            if name not in named or named[name] == source:
+                raise ValueError(
+                    f"--bank {name}={source}: its name must be that of a retention set (there are {sorted(named)}), "
+                    "and its images others than that set's own."
+                )
+        sets = []
+        for name, source in named.items():
+            images, bank = self.images(source, None if role == "retention" else self.data.class_names), None
+            if name in banks:
+                others = self.images(banks[name], images.class_names)
+                bank = EvalSet(role, name, others, banks[name], others.labels, others.class_names)
+            labels = images.labels
+            if role != "retention" and getattr(self.arguments, "mode", None) == "contrastive" and images.captions:
+                labels = None  # it is what it was trained for that is measured
+            sets.append(EvalSet(role, name, images, source, labels, images.class_names, images.captions, bank))
+        return sets
 
     def validation(self) -> dict[str, object]:
-        """What evaluation during training needs; empty where none was asked for."""
+        """What evaluation during training needs; empty where none was asked for.
+
+        Raises:
+            ValueError: where nothing but test images are there to choose a model by.
+        """
         if self.training.eval_strategy == "no":
             return {}
-        if self.arguments.validation is None:
-            raise ValueError("--eval_strategy needs --validation: the ID test images are not for choosing a model.")
-        held_out = self.eval_set("id", "validation", self.arguments.validation, self.data.class_names)
-        others = [data for data in self.suite.sets if data.role != "id"]
-        watched = replace(self.suite, sets=[held_out, *others])
+        given = self.arguments
+        if given.validation is None:
+            raise ValueError("--eval_strategy needs --validation: the test images are not for choosing a model.")
+        (held_out,) = self.eval_sets("id", {"validation": given.validation})
+        others = [
+            *self.eval_sets("ood", parse_named_sources("validation_ood", given.validation_ood)),
+            *self.eval_sets("retention", parse_named_sources("validation_retention", given.validation_retention)),
+        ]
+        watched = self.task.suite([held_out, *others], self.suite.batch_size)
         return {"eval_dataset": held_out.images, "callbacks": [RetentionCallback(watched)]}
 
     def run(self) -> list[dict]:
@@ -232,10 +257,26 @@ class Run:
                 file = self.output / method / "results.jsonl"
                 if file.is_file():
                     self.finished[method] = read_results(file)
+                    self.check_same(file, self.finished[method])
         for method in self.arguments.methods:
             if method not in self.finished:
                 self.train_and_measure(method)
         return self.finish([row for method in ("base", *self.arguments.methods) for row in self.finished[method]])
+
+    def check_same(self, file: Path, rows: list[dict]) -> None:
+        """Check that rows of an earlier run were measured with the arguments of this one."""
+        here = json.loads(json.dumps(self.common["arguments"]))
+        before, now = (
+            {key: value for key, value in stated.items() if key not in NOT_OF_THE_METHOD}
+            for stated in (rows[0]["arguments"], here)
+        )
+        # What is not listed is as good as empty.
+        changed = sorted(key for key in before | now if (before.get(key) or None) != (now.get(key) or None))
+        if changed:
+            raise ValueError(
+                f"{file} was written with other settings ({', '.join(changed)}): give another --output_dir, or leave "
+                "--keep_finished out to train anew."
+            )
 
     def train_and_measure(self, method: str) -> None:
         """Train and measure one method, and the base with it where that was not measured yet."""
@@ -265,8 +306,10 @@ class Run:
 
         A method's rows are written to its folder at once: the file's presence says that the method is finished.
         """
+        if self.arguments.wise and isinstance(model, PeftModel):
+            check_scalable(model.peft_config["default"].to_dict(), method)
         if "base" not in self.finished:
-            if isinstance(model, PeftModel):
+            if isinstance(model, PeftModel) and model.peft_config["default"].init_lora_weights in PLAIN_INITS:
                 with model.disable_adapter():
                     rows = self.suite.measure(model, "base")
             else:
@@ -275,7 +318,7 @@ class Run:
         suite = self.suite if suite is None else suite
         rows = suite.measure(model, method)
         for scale in self.arguments.wise if isinstance(model, PeftModel) else []:
-            with rescale_adapter_scale(model, scale):
+            with scaled(model, scale):
                 rows += [{**row, "wise": scale} for row in suite.measure(model, f"{method} x {scale:g}")]
         self.record(method, [*rows, *more])
         return [*self.finished["base"], *self.finished[method]]

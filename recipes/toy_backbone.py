@@ -36,7 +36,7 @@ def from_clip(clip: CLIPModel) -> Dinov2ForImageClassification:
         hidden_size=vision.hidden_size,
         num_hidden_layers=vision.num_hidden_layers,
         num_attention_heads=vision.num_attention_heads,
-        mlp_ratio=vision.intermediate_size / vision.hidden_size,
+        mlp_ratio=vision.intermediate_size // vision.hidden_size,
         hidden_act=vision.hidden_act,
         layer_norm_eps=vision.layer_norm_eps,
         image_size=vision.image_size,

@@ -24,7 +24,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from hf_gatelora import GatedLoraTrainingArguments
 from hf_gatelora.evaluation.linear_probe import fit_linear_probe
 from hf_gatelora.evaluation.suite import ClipSuite
-from hf_gatelora.evaluation.templates import prompt_templates
+from hf_gatelora.evaluation.templates import imagenet_class_names, prompt_templates
 from hf_gatelora.evaluation.zero_shot import image_features
 from hf_gatelora.layer import check_targets
 
@@ -41,6 +41,10 @@ class ClipArguments(RecipeArguments):
     templates: str = field(
         default=None,
         metadata={"help": "evaluate with an ensemble of prompts: simple or openai; default: the one of --prompt"},
+    )
+    imagenet: list[str] = field(
+        default_factory=list,
+        metadata={"help": "names of sets with ImageNet's 1000 classes in its order: they get open_clip's class names"},
     )
     caption_column: str = field(default="caption", metadata={"help": "column of the captions"})
     towers: list[str] = field(
@@ -97,8 +101,15 @@ class Clip(Task):
         return config
 
     def suite(self, sets, batch_size):
+        for data in sets:
+            if data.name in self.arguments.imagenet:
+                names = imagenet_class_names()
+                if len(data.class_names or []) != len(names):
+                    found = len(data.class_names or [])
+                    raise ValueError(f"--imagenet {data.name}: {data.split} has {found} classes, not {len(names)}.")
+                data.class_names = names
         templates = prompt_templates(self.arguments.templates) if self.arguments.templates else [self.arguments.prompt]
-        return ClipSuite(sets, batch_size, self.tokens, tuple(templates))
+        return ClipSuite(sets=sets, batch_size=batch_size, tokenize=self.tokens, templates=tuple(templates))
 
     def linear_probe(self, data, suite):
         if data.labels is None:

@@ -10,14 +10,13 @@ and by k-NN where a bank of labelled images is given.
 
 import json
 import sys
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from common import RecipeArguments, parse_arguments
-from data import TOY, LabelledImages
+from data import TOY, LabelledImages, parse_named_sources
 from methods import Task, main
 from peft import LoraConfig
 from toy_backbone import ensure_backbone
@@ -25,9 +24,9 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.integrations import unset_hf_deepspeed_config
 
 from hf_gatelora import GatedLoraTrainingArguments
-from hf_gatelora.evaluation.backbone import backbone_features, classification_head
+from hf_gatelora.evaluation.backbone import backbone_features, split_classifier
 from hf_gatelora.evaluation.linear_probe import fit_linear_probe
-from hf_gatelora.evaluation.suite import ClassifierSuite
+from hf_gatelora.evaluation.suite import ClassifierSuite, EvalSet
 from hf_gatelora.layer import check_targets
 
 
@@ -37,11 +36,17 @@ class ClassifierArguments(RecipeArguments):
 
     bank: list[str] = field(
         default=None,
-        metadata={"help": "name=source of the labelled images whose neighbours vote in k-NN on the retention set NAME"},
+        metadata={
+            "help": "name=source of labelled images whose neighbours vote in k-NN on the retention set of that name",
+            "action": "extend",
+        },
     )
-    head_label_map: str = field(
+    head_label_map: list[str] = field(
         default=None,
-        metadata={"help": "JSON file {class of the retention sets, by name or number: output of the published head}"},
+        metadata={
+            "help": "name=JSON file {class of that retention set, by name or number: output of the published head}",
+            "action": "extend",
+        },
     )
     image_size: int = field(default=None, metadata={"help": "side in pixels; default: as the model was published"})
     probe_first: bool = field(
@@ -69,39 +74,60 @@ class Classifier(Task):
             if getattr(self.processor, "crop_size", None) is not None:
                 self.processor.crop_size = square
         self.class_names: list[str] = []
-        self.probe: dict[str, torch.Tensor] | None = None
+        self.head: dict[str, torch.Tensor] | None = None  # weights of the new one, as it starts
 
     def prepare(self, data: LabelledImages) -> None:
         if data.labels is None:
             raise ValueError(f"{data.source}: classification needs a column {self.arguments.label_column!r}.")
         self.class_names = data.class_names
+        model = self.base()
         if self.arguments.probe_first:
-            self.probe = self.fit_probe(data)
+            self.head = self.fit_probe(data, model)
+        else:  # the same one for every model of the run
+            self.head = split_classifier(model)[2].state_dict()
 
     def base(self) -> PreTrainedModel:
         model = self.load(num_labels=len(self.class_names), ignore_mismatched_sizes=True)
         model.config.id2label = dict(enumerate(self.class_names))
         model.config.label2id = {name: i for i, name in enumerate(self.class_names)}
-        if self.probe is not None:
-            classification_head(model)[1].load_state_dict(self.probe)
+        if self.head is not None:
+            split_classifier(model)[2].load_state_dict(self.head)
         return model
 
     def load(self, **settings) -> PreTrainedModel:
-        """The published model, whole on each process."""
-        unset_hf_deepspeed_config()
-        with quiet():  # about the new head
-            return AutoModelForImageClassification.from_pretrained(self.name, dtype=torch.float32, **settings)
+        """The published model, whole on each process, with a new head where `settings` ask for another size.
 
-    def fit_probe(self, data: LabelledImages) -> dict[str, torch.Tensor]:
+        Raises:
+            ValueError: where weights of its backbone are missing.
+        """
+        unset_hf_deepspeed_config()
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()  # the new head is what it would warn of
+        try:
+            model, report = AutoModelForImageClassification.from_pretrained(
+                self.name, dtype=torch.float32, output_loading_info=True, **settings
+            )
+        finally:
+            logging.set_verbosity(level)
+        head = split_classifier(model)[1]
+        new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+        lost = sorted(key for key in new if not key.startswith(f"{head}."))
+        if lost:
+            raise ValueError(
+                f"{self.name} lacks {len(lost)} weights of the backbone of {type(model).__name__} (first: {lost[0]}): "
+                "they would be random. Is it a checkpoint of this architecture?"
+            )
+        return model
+
+    def fit_probe(self, data: LabelledImages, model: PreTrainedModel) -> dict[str, torch.Tensor]:
         """Weights of a head fitted on the frozen features."""
-        model = self.base().to(PartialState().device)
-        name, head = classification_head(model)
+        _, name, head = split_classifier(model)
         if not isinstance(head, torch.nn.Linear):
             raise ValueError(
                 f"The head {name} of {type(model).__name__} is a {type(head).__name__}, not one linear layer: a probe "
                 "cannot be put there. Train it along from its initial weights with --probe_first false."
             )
-        features = backbone_features(model, data, 64, "linear probe").head_input
+        features = backbone_features(model.to(PartialState().device), data, 64, "linear probe").head_input
         weight, bias = fit_linear_probe(features, data.labels, len(self.class_names))
         return {"weight": weight, "bias": bias}
 
@@ -114,40 +140,39 @@ class Classifier(Task):
             lora_alpha=alpha,
             lora_dropout=self.arguments.lora_dropout,
             target_modules=self.arguments.lora_targets,
-            modules_to_save=[classification_head(model)[0]],
+            modules_to_save=[split_classifier(model)[1]],
         )
         check_targets(model, config)
         return config
 
     def suite(self, sets, batch_size):
+        maps = parse_named_sources("head_label_map", self.arguments.head_label_map)
         published = AutoConfig.from_pretrained(self.name)
         head, classes = None, {}
         if any(name.endswith("ForImageClassification") for name in published.architectures or []):
-            head = classification_head(self.load())[1]
-            for data in sets:
-                if data.role == "retention":
-                    found = self.head_classes(data.class_names, published.id2label)
-                    if found is not None:
-                        classes[data.name] = found
+            head = split_classifier(self.load())[2]
         for data in sets:
-            if data.role == "retention" and data.bank is None and data.name not in classes:
+            if data.labels is None:
                 raise ValueError(
-                    f"Retention set {data.name!r} cannot be measured: the published head does not have its classes "
-                    f"({', '.join(data.class_names[:3])}, ...), and there is no bank for k-NN. Give --bank "
-                    f"{data.name}=SOURCE with labelled images, or --head_label_map FILE."
+                    f"{data.role} set {data.name!r} ({data.split}) has no labels: name their column, --label_column."
                 )
-        k, temperature = self.arguments.knn_k, self.arguments.knn_temperature
-        return ClassifierSuite(sets, batch_size, head, classes, k, temperature)
-
-    def head_classes(self, names: list[str], id2label: dict[int, str]) -> torch.Tensor | None:
-        """For each class its output of the published head; None where the head does not have them all."""
-        if self.arguments.head_label_map is not None:
-            mapping = json.loads(Path(self.arguments.head_label_map).read_text())
-            places = [mapping.get(name, mapping.get(str(i))) for i, name in enumerate(names)]
-        else:
-            places_by_name = {label.lower().replace("_", " "): i for i, label in id2label.items()}
-            places = [places_by_name.get(name.lower().replace("_", " ")) for name in names]
-        return None if None in places else torch.tensor(places)
+            if data.role == "retention":
+                if head is not None:
+                    classes |= head_classes(data, published.id2label, maps.get(data.name))
+                if data.bank is None and data.name not in classes:
+                    raise ValueError(
+                        f"Retention set {data.name!r} cannot be measured: the published head does not have its classes "
+                        f"({', '.join(data.class_names[:3])}, ...), and there is no bank for k-NN. Give --bank "
+                        f"{data.name}=SOURCE with labelled images, or --head_label_map {data.name}=FILE."
+                    )
+        return ClassifierSuite(
+            sets=sets,
+            batch_size=batch_size,
+            original_head=head,
+            head_classes=classes,
+            k=self.arguments.knn_k,
+            temperature=self.arguments.knn_temperature,
+        )
 
     def trainer_parts(self, data):
         def collate(rows):
@@ -157,19 +182,36 @@ class Classifier(Task):
 
     def linear_probe(self, data, suite):
         model = self.base()
-        classification_head(model)[1].load_state_dict(self.probe or self.fit_probe(data))
+        if not self.arguments.probe_first:
+            split_classifier(model)[2].load_state_dict(self.fit_probe(data, model))
         return model, suite
 
 
-@contextmanager
-def quiet():
-    """Within this context transformers reports errors only."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
+def head_classes(data: EvalSet, id2label: dict[int, str], file: str | None) -> dict[str, torch.Tensor]:
+    """For each class of a set its output of the published head, by the set's name; empty where that lacks them.
+
+    Args:
+        file: JSON {class: output}, all classes by name or all by number; None compares the names.
+
+    Raises:
+        ValueError: where a file does not give every class an output.
+    """
+    names = data.class_names
+    if file is None:
+        labels = [label.lower().replace("_", " ") for label in id2label.values()]
+        places = {label: i for i, label in enumerate(labels) if labels.count(label) == 1}
+        found = [places.get(name.lower().replace("_", " ")) for name in names]
+        return {} if None in found else {data.name: torch.tensor(found)}
+    mapping = json.loads(Path(file).read_text())
+    by_name = any(name in mapping for name in names)
+    found = [mapping.get(name if by_name else str(i)) for i, name in enumerate(names)]
+    wrong = [name for name, place in zip(names, found, strict=True) if place not in range(len(id2label))]
+    if wrong:
+        raise ValueError(
+            f"{file} gives {len(wrong)} of the {len(names)} classes of {data.name!r} no output of the published head "
+            f"(first: {wrong[0]!r}; outputs are 0 to {len(id2label) - 1})."
+        )
+    return {data.name: torch.tensor(found)}
 
 
 if __name__ == "__main__":

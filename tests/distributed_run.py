@@ -15,8 +15,9 @@ from models import FAMILIES, Images, collate, lora_config, outputs_of, prompts
 from peft import get_peft_model
 from transformers import TrainerCallback
 
-from hf_gatelora import GateConfig, attach_gates
+from hf_gatelora import GateConfig, RetentionCallback, attach_gates
 from hf_gatelora.engines import without_embedding_units
+from hf_gatelora.evaluation.suite import ROLES, ClassifierSuite, EvalSet
 from hf_gatelora.evaluation.zero_shot import image_features
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))
@@ -49,13 +50,24 @@ class OutputsAtSave(TrainerCallback):
         self.outputs[state.global_step] = outputs_of(self.family, self.trainer.model_wrapped).tolist()
 
 
+def suite() -> ClassifierSuite:
+    """An odd number of images, with the others as neighbours."""
+    others = Images()
+    bank = EvalSet("retention", "bank", others, labels=others.labels)
+    images = Images(13)
+    sets = [EvalSet(role, role, images, labels=images.labels, class_names=list("abcd"), bank=bank) for role in ROLES]
+    return ClassifierSuite(sets=sets, batch_size=4, k=3)
+
+
 def train_and_resume(output: Path) -> None:
     """Train each family without a stop, resume it from before and after the freeze; then the rest of the tests."""
     write(output / "contrastive", {"features": contrastive(output / "contrastive")})
     for name, family in FAMILIES.items():
         folder, outputs = output / name, OutputsAtSave(family)
         settings = {**RUN, "gate_rewind": name == "dinov2"}
-        evaluation = {"eval_strategy": "steps", "eval_steps": 10, "eval_dataset": Images(), "callbacks": [outputs]}
+        watching = [RetentionCallback(suite())] if name == "dinov2" else []
+        evaluation = {"eval_strategy": "steps", "eval_steps": 10, "eval_dataset": Images()}
+        evaluation["callbacks"] = [outputs, *watching]
         best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
         trainer = outputs.trainer = make(family, folder, **settings | evaluation | best)
         trainer.train()
@@ -76,6 +88,7 @@ def train_and_resume(output: Path) -> None:
             "best_step": trainer.state.best_global_step,
             "best_outputs": outputs_of(family, trainer.model_wrapped).tolist(),
             "folds": folds,
+            "watched": [entry for entry in trainer.state.log_history if "eval_retention_delta" in entry],
         }
         if trainer.is_world_process_zero():  # only one process looks
             trainer.gates.summary()

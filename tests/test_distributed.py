@@ -86,6 +86,11 @@ def test_same_gates(config, family, ran, stock_peft):
         assert actual.keys() == expected.keys()
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
 
+    # The callback's measurements, of an odd number of images.
+    assert len(found[0]["watched"]) == (3 if family["name"] == "dinov2" else 0)
+    for own, other in zip(found[0]["watched"], reference["watched"], strict=True):
+        assert own == pytest.approx(other)
+
     # What is written gives the gated model's outputs in a process with stock PEFT.
     for step, outputs in found[0]["outputs"].items():
         actual = stock_peft(FAMILIES[family["name"]], folder / f"checkpoint-{step}")

@@ -9,18 +9,26 @@ import pytest
 import torch
 from conftest import make_trainer
 from models import FAMILIES, Images, lora_config, outputs_of, randomize
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file
 from sklearn.neighbors import KNeighborsClassifier
-from transformers import CLIPModel, Dinov2ForImageClassification, EarlyStoppingCallback
+from transformers import (
+    AutoImageProcessor,
+    CLIPForImageClassification,
+    CLIPModel,
+    Dinov2ForImageClassification,
+    EarlyStoppingCallback,
+    SiglipForImageClassification,
+    ViTForImageClassification,
+)
 from world import NAMES, ROOT, TASKS, TinyClip, parse, words
 
 from hf_gatelora import GateConfig, RetentionCallback, attach_gates
-from hf_gatelora.evaluation.backbone import backbone_features
+from hf_gatelora.evaluation.backbone import backbone_features, split_classifier
 from hf_gatelora.evaluation.results import read_results
 from hf_gatelora.evaluation.suite import ClassifierSuite, EvalSet
-from hf_gatelora.export import scale_adapter
+from hf_gatelora.export import scale_adapter, scaled
 
 # isort: split
 import compare
@@ -38,6 +46,7 @@ def tiny_tasks(monkeypatch):
 def values(rows, **wanted):
     """`{(data, metric): value}` of the rows that have these fields; a row without `wise` has scale 1."""
     rows = [{"wise": 1.0, **row} for row in rows if row["role"] != "cost"]
+    wanted = {"wise": 1.0, **wanted}
     return {
         (row["data"], row["metric"]): row["value"]
         for row in rows
@@ -52,7 +61,8 @@ def labelled(task, source):
 
 def test_dinov2_recipe(world, tmp_path):
     line = ["--retention", f"old={world / 'saved'}", "--bank", f"old={world / 'data.parquet'}", "--knn_k", "3"]
-    line += ["--methods", "linear_probe", "gated", "--ood", f"one={world / 'splits'}:test", "--max_steps", "40"]
+    line += ["--methods", "linear_probe", "gated", "--ood", f"one={world / 'folder'}", "--max_steps", "40"]
+    line += ["--wise", "0"]
     arguments, training = parse("dinov2", [*words(world, tmp_path / "out", "dinov2"), *line])
     methods.main(TASKS["dinov2"][0], arguments, training)
     rows = read_results(tmp_path / "out" / "results.jsonl")
@@ -60,6 +70,10 @@ def test_dinov2_recipe(world, tmp_path):
     sets |= {("old", metric) for metric in ("top1", "ece", "knn_top1")}
     for method in ("base", "linear_probe", "gated"):
         assert set(values(rows, method=method)) == sets
+    # At scale 0 the head is that of the base as well.
+    assert values(rows, method="gated", wise=0.0) == values(rows, method="base")
+    # The folder of images has some of the classes, in another order.
+    assert values(rows, method="gated")["one", "top1"] == 1.0
     # The probe is the base: the head is fitted before the blocks are trained.
     assert values(rows, method="linear_probe") == values(rows, method="base")
     assert values(rows, method="gated")["test", "top1"] >= values(rows, method="base")["test", "top1"]
@@ -88,14 +102,21 @@ def test_a_published_head_without_the_classes_needs_a_bank(world, tmp_path):
     model.config.id2label = {i: f"class {i}" for i in range(4)}
     arguments.model = str(tmp_path / "unnamed")
     model.save_pretrained(arguments.model)
-    task = TASKS["dinov2"][0].__new__(TASKS["dinov2"][0])
-    task.arguments, task.name = arguments, arguments.model
+    task_class = TASKS["dinov2"][0]
+    AutoImageProcessor.from_pretrained(world / "dinov2").save_pretrained(arguments.model)
+    task = task_class(arguments)
     old = EvalSet("retention", "old", Images(4), labels=Images(4).labels, class_names=NAMES)
     with pytest.raises(ValueError, match=r"'old' cannot be measured: the published head does not have its classes"):
         task.suite([old], 8)
-    (tmp_path / "map.json").write_text(json.dumps({"red": 2, "1": 0, "blue": 1, "grey": 3}))
-    arguments.head_label_map = str(tmp_path / "map.json")
-    assert task.suite([old], 8).head_classes["old"].tolist() == [2, 0, 1, 3]
+    for mapping in ({"red": 2, "green": 0, "blue": 1, "grey": 3}, {"0": 2, "1": 0, "2": 1, "3": 3}):
+        (tmp_path / "map.json").write_text(json.dumps(mapping))
+        arguments.head_label_map = [f"old={tmp_path / 'map.json'}"]
+        assert task.suite([old], 8).head_classes["old"].tolist() == [2, 0, 1, 3]
+    (tmp_path / "map.json").write_text(json.dumps({"red": 2, "green": 9}))
+    with pytest.raises(ValueError, match=r"gives 3 of the 4 classes of 'old' no output .*first: 'green'"):
+        task.suite([old], 8)
+    with pytest.raises(ValueError, match=r"id set 'new' .* has no labels"):
+        task.suite([EvalSet("id", "new", Images(4), captions=["a"] * 4)], 8)
 
 
 def test_methods_scales_and_what_is_finished(world, tmp_path):
@@ -139,6 +160,80 @@ def test_methods_scales_and_what_is_finished(world, tmp_path):
         assert old["value"] == new["value"] or old["metric"] == "seconds_per_step"
 
 
+def test_finished_methods_of_other_settings_are_not_taken_over(world, tmp_path):
+    line = [*words(world, tmp_path / "out"), "--methods", "lora", "--keep_finished"]
+    methods.main(TinyClip, *parse("clip", line))
+    methods.main(TinyClip, *parse("clip", [*line, "--disable_tqdm", "false"]))
+    with pytest.raises(ValueError, match=r"written with other settings \(learning_rate, lora_r\)"):
+        methods.main(TinyClip, *parse("clip", [*line, "--learning_rate", "0.03", "--lora_r", "4"]))
+
+
+@pytest.mark.parametrize("budget", ["0.2", '{"vision": 0.25, "text": 0.0}'])
+def test_random_blocks_have_the_budget_of_the_gates(world, tmp_path, budget):
+    line = [*words(world, tmp_path / "out"), "--methods", "random", "gated", "--gate_target_active", budget]
+    methods.main(TinyClip, *parse("clip", line))
+    configs = [json.loads((tmp_path / "out" / m / "adapter_config.json").read_text()) for m in ("random", "gated")]
+    towers = [sorted(target.split("_")[0] for target in config["target_modules"]) for config in configs]
+    assert len(towers[0]) == len(towers[1])
+    if budget != "0.2":
+        assert towers[0] == towers[1] == ["vision"] * 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--bank", "odl=x"], r"--bank odl=x: its name must be that of a retention set"),
+        (["--bank", "old={saved}", "--retention", "old={saved}"], "its images others than that set's own"),
+        (["--eval_strategy", "steps"], "needs --validation: the test images are not for choosing"),
+        (["--methods", "random", "--gate_target_active", "none", "--gate_lambda", "1"], "random needs a budget"),
+    ],
+)
+def test_refused(world, tmp_path, line, message):
+    line = [word.format(saved=world / "saved") for word in line]
+    with pytest.raises(ValueError, match=message):
+        methods.main(TASKS["dinov2"][0], *parse("dinov2", [*words(world, tmp_path / "out", "dinov2"), *line]))
+
+
+def test_evaluation_during_training_and_resume_of_one_method(world, tmp_path):
+    line = [*words(world, tmp_path / "out"), "--methods", "full", "gated", "lora", "--save_steps", "4"]
+    line += ["--eval_strategy", "steps", "--eval_steps", "4", "--validation", str(world / "saved")]
+    line += ["--validation_retention", f"old={world / 'saved'}"]
+    methods.main(TinyClip, *parse("clip", line))
+    for method in ("gated", "lora"):
+        log = json.loads((tmp_path / "out" / method / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
+        assert [entry["step"] for entry in log if "eval_retention_delta" in entry] == [4, 8]
+    before = read_results(tmp_path / "out" / "results.jsonl")
+    for folder in (tmp_path / "out" / "lora").glob("checkpoint-*"):  # a method that has not started yet
+        folder.rename(tmp_path / folder.name)
+    methods.main(TinyClip, *parse("clip", [*line, "--resume_from_checkpoint", "true"]))
+    assert values(before, method="lora") == values(read_results(tmp_path / "out" / "results.jsonl"), method="lora")
+
+
+@pytest.mark.parametrize(
+    "family_of", [SiglipForImageClassification, ViTForImageClassification, CLIPForImageClassification]
+)
+def test_backbones_of_other_families(family_of, tmp_path):
+    """Features, head input and logits of any classifier, plain or adapted, agree with its own forward."""
+    torch.manual_seed(0)
+    config = family_of.config_class()
+    vision = getattr(config, "vision_config", config)
+    tiny = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    for name, value in {**tiny, "image_size": 16, "patch_size": 8}.items():
+        setattr(vision, name, value)
+    config.num_labels = 3
+    model = family_of(config).eval()
+    data = Images(5)
+    features = backbone_features(model, data, 2)
+    with torch.no_grad():
+        expected = model(pixel_values=data.pixels).logits
+        head = split_classifier(model)[2]
+        torch.testing.assert_close(features.logits, expected)
+        torch.testing.assert_close(head(features.head_input), expected)
+    assert features.pooled.shape[0] == 5
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=[split_classifier(model)[1]]))
+    assert torch.equal(backbone_features(adapted, data, 2).logits, features.logits)
+
+
 def stock_lora(model, folder):
     """A LoRA adapter that PEFT wrote, with random weights."""
     adapted = get_peft_model(model, lora_config(model))
@@ -159,17 +254,42 @@ def test_scaled_adapter(family, tmp_path):
         outputs_of(family, PeftModel.from_pretrained(family["model"](), tmp_path / "0.0")), outputs_of(family, base)
     )
     assert not [file for file in tmp_path.rglob("*") if "tmp" in file.name]
+    odd = {"dora": {"use_dora": True}, "biased": {"bias": "lora_only"}, "olora": {"init_lora_weights": "olora"}}
+    head = {"modules_to_save": ["classifier" if family["name"] == "dinov2" else "visual_projection"]}
+    for name, settings in {**odd, "headed": head}.items():
+        own = family["model"]()
+        get_peft_model(own, lora_config(own, **settings)).save_pretrained(tmp_path / name)
     for arguments, message in {
         (tmp_path / "whole", 1.5, tmp_path / "x"): "scale=1.5 is out of range",
         (tmp_path / "whole", 0.5, tmp_path / "whole"): "is the adapter's own folder",
         (tmp_path / "none", 0.5, tmp_path / "x"): "holds no readable adapter",
+        (tmp_path / "dora", 0.5, tmp_path / "x"): "cannot be scaled: it uses DoRA",
+        (tmp_path / "biased", 0.5, tmp_path / "x"): "cannot be scaled: it trained biases",
+        (tmp_path / "olora", 0.5, tmp_path / "x"): "'olora' changed the base weights",
+        (tmp_path / "headed", 0.5, tmp_path / "x"): "pass the base model whose head it replaces",
     }.items():
         with pytest.raises(ValueError, match=message):
             scale_adapter(*arguments)
-    dora = get_peft_model(family["model"](), lora_config(family["model"](), use_dora=True))
-    dora.save_pretrained(tmp_path / "dora")
-    with pytest.raises(ValueError, match="is a DoRA adapter"):
-        scale_adapter(tmp_path / "dora", 0.5, tmp_path / "x")
+
+
+def test_scaled_adapter_with_a_head(tmp_path):
+    family = FAMILIES["dinov2"]
+    base = family["model"]()
+    model = get_peft_model(family["model"](), lora_config(base, modules_to_save=["classifier"]))
+    randomize(model)
+    with torch.no_grad():
+        for parameter in model.base_model.model.classifier.modules_to_save["default"].parameters():
+            parameter.add_(1.0)
+    model.eval().save_pretrained(tmp_path / "whole")
+    tuned = outputs_of(family, model)
+    for scale, expected in ((0.0, outputs_of(family, base)), (0.5, None), (1.0, tuned)):
+        scale_adapter(tmp_path / "whole", scale, tmp_path / f"{scale}", family["model"]())
+        written = outputs_of(family, PeftModel.from_pretrained(family["model"](), tmp_path / f"{scale}"))
+        with scaled(model, scale):
+            torch.testing.assert_close(written, outputs_of(family, model))
+        if expected is not None:
+            torch.testing.assert_close(written, expected)
+    assert torch.equal(outputs_of(family, model), tuned)
 
 
 def test_evaluate_a_stock_lora(world, tmp_path, tiny_tasks, capsys):
@@ -222,6 +342,10 @@ def test_compare(world, tmp_path, tiny_tasks, capsys):
     compare.main([*line, "--report"])
     assert table in capsys.readouterr().out
     assert (tmp_path / "out" / "comparison.md").read_text() == table
+    (tmp_path / "published").mkdir()
+    (tmp_path / "out" / "results.jsonl").rename(tmp_path / "published" / "results.jsonl")
+    compare.main([*line, "--report", "--output_dir", str(tmp_path / "published")])
+    assert (tmp_path / "published" / "comparison.md").read_text() == table
 
 
 # ---- the callback
@@ -233,7 +357,7 @@ def watched(count=16):
         )
         for role in ("id", "ood", "retention")
     ]
-    return ClassifierSuite(sets, 8, k=3)
+    return ClassifierSuite(sets=sets, batch_size=8, k=3)
 
 
 RUN = {"max_steps": 30, "save_strategy": "steps", "save_steps": 5, "eval_strategy": "steps", "eval_steps": 5}
@@ -257,6 +381,10 @@ def test_callback_reports_changes_against_the_base(tmp_path):
             assert entry[f"eval_{role}/{role}/knn_top1"] == entry[f"eval_{role}"]
         lost = entry["eval_retention_delta"] < -0.01
         assert entry["eval_id_kept"] == (entry["eval_retention_delta"] if lost else entry["eval_id"])
+    # Another evaluation of the same step sees weights that were changed in between.
+    randomize(trainer.model)
+    suite_now = {row["data"]: row["value"] for row in watched().measure(trainer.model) if row["metric"] == "knn_top1"}
+    assert trainer.evaluate()["eval_retention"] == suite_now["retention"]
     after = [entry for entry in logged if entry["step"] >= 15]
     assert trainer.state.best_metric == max(entry["eval_id_kept"] for entry in after)
     assert all(p.requires_grad == ("lora_" in n) for n, p in trainer.model.named_parameters())

@@ -212,12 +212,20 @@ def test_rewind_starts_the_open_blocks_again_from_the_base(family):
     score_gradients(model, gates, family)
     optimizer.step()
     weights = {n: p.clone() for n, p in model.named_parameters() if "lora_A" in n}
-    gates.freeze()
+    gates.step(0.5)
     assert gates.active_fraction == 0.5
     assert torch.equal(outputs_of(family, model), outputs_of(family, family["model"]()))
     left = {n: p for n, p in model.named_parameters() if "lora_" in n}
     assert len(left) == 2 * gates.open_mask.sum()
     assert all(torch.equal(p, weights[n]) if "lora_A" in n else not p.any() for n, p in left.items())
+    assert not any(value.any() for state in optimizer.state.values() for value in state.values())
+
+
+def test_rewind_leaves_what_no_step_would_train_again(family):
+    for end in (lambda gates: gates.freeze(), lambda gates: gates.step(1.0), lambda gates: gates.fold()):
+        model, gates = gated(family, rewind=True)
+        end(gates)
+        assert not torch.equal(outputs_of(family, model), outputs_of(family, family["model"]()))
 
 
 def test_freezing_a_merged_model_is_refused(family):

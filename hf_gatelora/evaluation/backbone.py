@@ -3,51 +3,52 @@
 from typing import NamedTuple
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from torch.utils.data import Dataset
 
-from .parallel import join_rows, own_rows
+from .parallel import map_images
 
 
 class BackboneFeatures(NamedTuple):
     """What one forward pass gives for n images, fp32 on the CPU."""
 
-    pooled: Tensor  # (n, d): the backbone's pooled output (the normalised CLS token of ViT and DINOv2)
+    pooled: Tensor  # (n, d): the backbone's pooled output, else what its head reads, else the first token
     head_input: Tensor  # (n, h): what the classification head reads; `pooled` where there is no head
     logits: Tensor  # (n, classes): what it says; (n, 0) where there is no head
 
 
-def classification_head(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """Name and module of an image classifier's head: the part beside the backbone. None for a bare backbone.
+def split_classifier(model: nn.Module) -> tuple[nn.Module, str | None, nn.Module | None]:
+    """An image classifier's backbone, and the name and module of its head (None for a bare backbone).
 
     Args:
         model: a transformers model, or a `PeftModel` on one.
 
     Raises:
-        ValueError: where several parts could be the head.
+        ValueError: where it is not clear which part is the backbone or the head.
     """
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
-    if whole.base_model is whole:
-        return None
+    backbone, classifies = whole.base_model, type(whole).__name__.endswith("ForImageClassification")
+    if backbone is whole and classifies:  # as in SigLIP and CLIP
+        backbone = getattr(whole, "vision_model", whole)
+    if backbone is whole and not classifies:
+        return whole, None, None
     beside = {
         name: module
         for name, module in whole.named_children()
-        if module is not whole.base_model and any(True for _ in module.parameters())
+        if module is not backbone and any(True for _ in module.parameters())
     }
-    if len(beside) > 1:
+    if backbone is whole or len(beside) != 1:
         raise ValueError(
-            f"{type(whole).__name__} has {len(beside)} parts beside its backbone ({', '.join(beside)}): which one is "
-            "the classification head is not clear. Use an AutoModelForImageClassification with one head."
+            f"{type(whole).__name__} cannot be told apart into one backbone and one classification head (its parts: "
+            f"{', '.join(name for name, _ in whole.named_children())}). Use an AutoModelForImageClassification that "
+            "has one head beside its backbone, such as Dinov2, ViT, SigLIP or CLIP."
         )
-    return next(iter(beside.items()), None)
+    return backbone, *next(iter(beside.items()))
 
 
-@torch.no_grad()
 def backbone_features(
-    model: nn.Module, images: Dataset, batch_size: int = 64, description: str = "images"
+    model: nn.Module, images: Dataset, batch_size: int = 64, description: str = "images", num_workers: int = 0
 ) -> BackboneFeatures:
     """Features of a vision backbone, with or without a classification head.
 
@@ -56,36 +57,31 @@ def backbone_features(
     Args:
         model: a transformers vision backbone or image classifier, or a `PeftModel` on one; its mode is left as it was.
         images: rows with `pixel_values` of shape (3, H, W).
+        num_workers: processes that load images, 0 by default: none.
+
+    Raises:
+        ValueError: as `split_classifier`.
     """
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = classification_head(model)
-    device, training, caught = next(model.parameters()).device, model.training, {}
-    hooks = [whole.base_model.register_forward_hook(lambda module, args, output: caught.update(pooled=_pooled(output)))]
+    backbone, _, head = split_classifier(model)
+    caught, widths = {}, []
+    hooks = [backbone.register_forward_hook(lambda module, args, output: caught.update(backbone=output))]
     if head is not None:
-        hooks.append(head[1].register_forward_pre_hook(lambda module, args: caught.update(head_input=args[0])))
-    loader = DataLoader(
-        own_rows(images), batch_size=batch_size, collate_fn=lambda rows: torch.stack([r["pixel_values"] for r in rows])
-    )
-    model.eval()
-    parts = []
+        hooks.append(head.register_forward_pre_hook(lambda module, args: caught.update(head_input=args[0])))
+
+    def compute(pixels: Tensor) -> Tensor:
+        output = whole(pixel_values=pixels)
+        pooled = getattr(caught["backbone"], "pooler_output", None)
+        if pooled is None:
+            pooled = caught["head_input"] if head is not None else output.last_hidden_state[:, 0]
+        logits = pooled.new_zeros(len(pixels), 0) if head is None else output.logits
+        parts = [tensor.flatten(1) for tensor in (pooled, caught.get("head_input", pooled), logits)]
+        widths[:] = [part.shape[1] for part in parts]
+        return torch.cat(parts, dim=1)
+
     try:
-        for pixels in tqdm(
-            loader, desc=description, leave=False, disable=None if PartialState().is_main_process else True
-        ):
-            output = whole(pixel_values=pixels.to(device))
-            pooled = caught["pooled"]
-            read = caught.get("head_input", pooled)
-            logits = output.logits if head is not None else pooled.new_zeros(len(pixels), 0)
-            parts.append([tensor.float().flatten(1).cpu() for tensor in (pooled, read, logits)])
+        joined = map_images(compute, model, images, batch_size, description, num_workers)
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
-    if not parts:
-        raise ValueError(f"{len(images)} images cannot be spread over {PartialState().num_processes} processes.")
-    return BackboneFeatures(*(join_rows(torch.cat(column)) for column in zip(*parts, strict=True)))
-
-
-def _pooled(output) -> Tensor:
-    pooled = getattr(output, "pooler_output", None)
-    return output.last_hidden_state[:, 0] if pooled is None else pooled
+    return BackboneFeatures(*joined.split(widths, dim=1))

@@ -1,21 +1,74 @@
-"""Spreading the rows of a data set over processes, and bringing what they computed together again."""
+"""Passing images through a model: the rows spread over processes, what they computed brought together again."""
 
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
 
 
-def own_rows(data: Dataset) -> Subset:
-    """The rows that this process takes: every one by exactly one process."""
-    state = PartialState()
-    return Subset(data, range(state.process_index, len(data), state.num_processes))
+@torch.no_grad()
+def map_images(
+    compute: Callable[[Tensor], Tensor],
+    model: nn.Module,
+    images: Dataset,
+    batch_size: int,
+    description: str,
+    num_workers: int = 0,
+) -> Tensor:
+    """What `compute` makes of the pixels of all images, fp32 on the CPU, in their order. Collective.
+
+    Each process computes a part of the images, in as many batches as every other one (engines that shard a model
+    demand it), and gets the results of all. Progress is shown; images are not kept.
+
+    Args:
+        compute: from pixels of shape (batch, 3, H, W), on the model's device, to one row per image.
+        model: in evaluation mode meanwhile.
+        images: rows with `pixel_values` of shape (3, H, W).
+
+    Raises:
+        ValueError: where there are no images.
+    """
+    state, count = PartialState(), len(images)
+    if not count:
+        raise ValueError(f"{description}: there are no images.")
+    # The last row fills the parts up to one length.
+    rows = [
+        min(row, count - 1)
+        for row in range(
+            state.process_index, -(-count // state.num_processes) * state.num_processes, state.num_processes
+        )
+    ]
+    loader = DataLoader(
+        Subset(images, rows),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate_fn=lambda items: torch.stack([item["pixel_values"] for item in items]),
+    )
+    device = next(model.parameters()).device
+    with evaluating(model):
+        own = torch.cat(
+            [
+                compute(pixels.to(device)).float().cpu()
+                for pixels in tqdm(
+                    loader, desc=description, leave=False, disable=None if state.is_main_process else True
+                )
+            ]
+        )
+    return torch.stack(gather_object([own]), dim=1).flatten(0, 1)[:count]
 
 
-def join_rows(own: Tensor) -> Tensor:
-    """The results of all processes for their `own_rows`, in the order of the data set, on each of them. Collective."""
-    parts = gather_object([own])
-    joined = own.new_empty(sum(len(part) for part in parts), *own.shape[1:])
-    for i, part in enumerate(parts):
-        joined[i :: len(parts)] = part
-    return joined
+@contextmanager
+def evaluating(model: nn.Module):
+    """Within this context the model and all its parts are in evaluation mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -15,7 +15,7 @@ from .retrieval import recall_at
 from .zero_shot import ensemble_text_features, image_features, text_features
 
 ROLES = ("id", "ood", "retention")
-# What stands for a set where one number is wanted: the first of these that was measured on it.
+# What stands for a set where one number is wanted: the first of these that was measured on it, else its first metric.
 PRIMARY = ("knn_top1", "top1", "image_to_text_recall@1")
 
 
@@ -66,17 +66,19 @@ class EvalSet:
         )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Suite:
     """Sets, and how a model is measured on one of them: `metrics`, of the subclasses below or of your own.
 
     Args:
         sets: what to measure on.
         batch_size: images per forward pass.
+        num_workers: processes that load images; 0: none.
     """
 
     sets: list[EvalSet]
     batch_size: int = 64
+    num_workers: int = 0
 
     def metrics(self, model: nn.Module, data: EvalSet, title: str) -> dict[str, float]:
         """Measure a model on one set: metric name to value, accuracies as fractions. Collective."""
@@ -92,6 +94,11 @@ class Suite:
         for data in self.sets:
             row = {"role": data.role, "data": data.name, "split": data.split, "n": len(data)}
             found = self.metrics(model, data, f"{title}: {data.name}" if title else data.name)
+            if not found:
+                raise ValueError(
+                    f"Nothing is measured on the {data.role} set {data.name!r}: it needs classes that the head has, or "
+                    "a bank for k-NN."
+                )
             rows += [{**row, "metric": metric, "value": value} for metric, value in found.items()]
         return rows
 
@@ -100,7 +107,7 @@ class Suite:
         return replace(self, sets=[data.sample(count) for data in self.sets])
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ClipSuite(Suite):
     """Zero-shot accuracy and calibration where a set has labels, else image-text retrieval, of a `CLIPModel`.
 
@@ -111,12 +118,12 @@ class ClipSuite(Suite):
             in for the class texts on ID and OOD sets.
     """
 
-    tokenize: Callable[[list[str]], dict[str, Tensor]] | None = None
+    tokenize: Callable[[list[str]], dict[str, Tensor]]
     templates: tuple[str, ...] = ("a photo of a {}",)
     probe: tuple[Tensor, Tensor] | None = None
 
     def metrics(self, model, data, title):
-        images = image_features(model, data.images, self.batch_size, title)
+        images = image_features(model, data.images, self.batch_size, title, self.num_workers)
         if data.labels is None:
             return recall_at(images, text_features(model, self.tokenize(data.captions)), data.captions)
         if self.probe is not None and data.role != "retention":
@@ -127,7 +134,7 @@ class ClipSuite(Suite):
         return _accuracy(_logit_scale(model) * images @ classes.T, data.labels)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ClassifierSuite(Suite):
     """Accuracy and calibration by a classification head, and k-NN accuracy, of a vision backbone.
 
@@ -148,16 +155,20 @@ class ClassifierSuite(Suite):
     @torch.no_grad()
     def metrics(self, model, data, title):
         found = {}
-        features = backbone_features(model, data.images, self.batch_size, title)
+        features = backbone_features(model, data.images, self.batch_size, title, self.num_workers)
         if data.role != "retention":
             found |= _accuracy(features.logits, data.labels)
         elif data.name in self.head_classes:
-            logits = self.original_head(features.head_input)
+            logits = self.original_head(features.head_input)  # on the CPU, where both are
             found |= _accuracy(logits[:, self.head_classes[data.name]], data.labels)
         if data.bank is not None:
-            bank = backbone_features(model, data.bank.images, self.batch_size, f"{title}, bank").pooled
-            queries, bank = (nn.functional.normalize(pooled, dim=-1) for pooled in (features.pooled, bank))
-            votes = knn_logits(queries, bank, data.bank.labels, len(data.class_names), self.k, self.temperature)
+            bank = backbone_features(
+                model, data.bank.images, self.batch_size, f"{title}, bank", self.num_workers
+            ).pooled
+            device = next(model.parameters()).device
+            queries, bank = (nn.functional.normalize(f.to(device), dim=-1) for f in (features.pooled, bank))
+            labels = data.bank.labels.to(device)
+            votes = knn_logits(queries, bank, labels, len(data.class_names), self.k, self.temperature).cpu()
             found["knn_top1"] = accuracy(votes, data.labels)
         return found
 
@@ -168,7 +179,7 @@ def primary(rows: list[dict], role: str) -> float | None:
     for row in rows:
         if row["role"] == role:
             sets.setdefault(row["data"], {})[row["metric"]] = row["value"]
-    values = [next(found[metric] for metric in PRIMARY if metric in found) for found in sets.values()]
+    values = [found[next((m for m in PRIMARY if m in found), next(iter(found)))] for found in sets.values()]
     return sum(values) / len(values) if values else None
 
 

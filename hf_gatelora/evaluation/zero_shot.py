@@ -3,33 +3,28 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
+from torch.nn.functional import normalize
+from torch.utils.data import Dataset
 
-from .parallel import join_rows, own_rows
+from .parallel import evaluating, map_images
 
 
-@torch.no_grad()
-def image_features(model, images: Dataset, batch_size: int = 64, description: str = "images") -> Tensor:
+def image_features(
+    model, images: Dataset, batch_size: int = 64, description: str = "images", num_workers: int = 0
+) -> Tensor:
     """L2-normalised image features, fp32 on the CPU, shape (n, d). Collective: each process computes a part of them.
 
     Args:
         model: a `CLIPModel` or a `PeftModel` on one; its mode is left as it was.
         images: rows with `pixel_values` of shape (3, H, W).
+        num_workers: processes that load images, 0 by default: none.
     """
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    loader = DataLoader(
-        own_rows(images), batch_size=batch_size, collate_fn=lambda rows: torch.stack([r["pixel_values"] for r in rows])
-    )
-    features = [torch.zeros(0, model.config.projection_dim)]
-    for pixels in tqdm(loader, desc=description, leave=False, disable=None if PartialState().is_main_process else True):
-        embedded = model.get_image_features(pixels.to(device)).pooler_output
-        features.append(torch.nn.functional.normalize(embedded.float(), dim=-1).cpu())
-    model.train(training)
-    return join_rows(torch.cat(features))
+
+    def embed(pixels: Tensor) -> Tensor:
+        return normalize(model.get_image_features(pixels).pooler_output.float(), dim=-1)
+
+    return map_images(embed, model, images, batch_size, description, num_workers)
 
 
 @torch.no_grad()
@@ -39,14 +34,11 @@ def text_features(model, tokens: dict[str, Tensor], batch_size: int = 256) -> Te
     Args:
         tokens: `input_ids` and `attention_mask` of shape (n, length).
     """
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    features = []
-    for start in range(0, len(tokens["input_ids"]), batch_size):
-        batch = {k: v[start : start + batch_size].to(device) for k, v in tokens.items()}
-        embedded = model.get_text_features(**batch).pooler_output
-        features.append(torch.nn.functional.normalize(embedded.float(), dim=-1).cpu())
-    model.train(training)
+    device, features = next(model.parameters()).device, []
+    with evaluating(model):
+        for start in range(0, len(tokens["input_ids"]), batch_size):
+            batch = {k: v[start : start + batch_size].to(device) for k, v in tokens.items()}
+            features.append(normalize(model.get_text_features(**batch).pooler_output.float(), dim=-1).cpu())
     return torch.cat(features)
 
 
@@ -85,5 +77,5 @@ def ensemble_text_features(
         names = class_names[start : start + step]
         tokens = tokenize([template.format(name) for name in names for template in templates])
         embedded = text_features(model, tokens, batch_size).unflatten(0, (len(names), len(templates)))
-        features.append(torch.nn.functional.normalize(embedded.mean(dim=1), dim=-1))
+        features.append(normalize(embedded.mean(dim=1), dim=-1))
     return torch.cat(features)
