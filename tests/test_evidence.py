@@ -34,6 +34,7 @@ from hf_gatelora.export import scale_adapter, scaled
 import compare
 import data as sources
 import methods
+import report
 import tasks
 
 
@@ -89,6 +90,8 @@ def test_dinov2_recipe(world, tmp_path):
         backbone = tuned.get_base_model().dinov2
         hidden, neighbours = (backbone(pixel_values=p).last_hidden_state for p in (pixels, bank))
         logits = published.classifier(torch.cat([hidden[:, 0], hidden[:, 1:].mean(1)], dim=-1))
+    images = sources.LabelledImages(str(world / "saved"), task.pixels)
+    torch.testing.assert_close(backbone_features(tuned, images, 3).pooled, hidden[:, 0])
     found = values(rows, method="gated")
     assert found["old", "top1"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
     votes = KNeighborsClassifier(3, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07))
@@ -348,6 +351,36 @@ def test_compare(world, tmp_path, tiny_tasks, capsys):
     assert (tmp_path / "published" / "comparison.md").read_text() == table
 
 
+def test_comparison_by_hand():
+    """Means, sample standard deviations, and the parts of LoRA's gain and loss."""
+    numbers = {
+        "base": ((0.2, 0.6), (0.2, 0.6)),
+        "lora": ((0.8, 0.5), (0.6, 0.4)),
+        "gated@0.1": ((0.7, 0.6), (0.5, 0.5)),
+    }
+    row = {"data": "x", "split": "", "metric": "top1", "n": 10}
+    rows = [
+        {**row, "method": method, "seed": seed, "role": role, "value": value}
+        for method, seeds in numbers.items()
+        for seed, pair in enumerate(seeds)
+        for role, value in zip(("id", "retention"), pair, strict=True)
+    ]
+    rows += [{**row, "method": "lora", "seed": s, "role": "id", "metric": "ece", "value": 0.9} for s in (0, 1)]
+    sizes = ((0, 100), (1, 400))
+    rows += [
+        {**row, "method": "lora", "seed": s, "role": "cost", "metric": "trainable_parameters", "value": v}
+        for s, v in sizes
+    ]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.comparison(rows).splitlines()[2:]]
+    assert cells == [
+        ["base", "20.0 ± 0.0", "-", "60.0 ± 0.0", "-", "-", "-", "2"],
+        ["lora", "70.0 ± 14.1", "-", "45.0 ± 7.1", "100 %", "100 %", "250", "2"],
+        ["gated@0.1", "60.0 ± 14.1", "-", "55.0 ± 7.1", "80 %", "33 %", "-", "2"],
+    ]
+    without = [{**row, "value": 0.6} if row["role"] == "retention" else row for row in rows]
+    assert [line.split("|")[6].strip() for line in report.comparison(without).splitlines()[2:]] == ["-", "-", "-"]
+
+
 # ---- the callback
 def watched(count=16):
     images = Images(count)
@@ -427,6 +460,15 @@ def test_all_closed_keeps_everything():
         assert all(torch.equal(a, b) for a, b in zip(backbone_features(model, Images(8), 3), features, strict=True))
         assert suite.measure(model) == suite.measure(family["model"]())
         gates.freeze()
+
+
+def test_callback_leaves_what_is_frozen(tmp_path):
+    model = get_peft_model(FAMILIES["dinov2"]["model"](), lora_config(FAMILIES["dinov2"]["model"]()))
+    frozen = next(parameter for name, parameter in model.named_parameters() if "lora_A" in name)
+    frozen.requires_grad_(False)
+    RetentionCallback(watched())._measure(model)
+    assert not frozen.requires_grad
+    assert sum(p.requires_grad for p in model.parameters()) == 2 * 12 - 1
 
 
 def test_samples_are_bounded_and_the_same():
