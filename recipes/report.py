@@ -91,7 +91,7 @@ def comparison(rows: list[dict]) -> str:
         for role in ("id", "retention"):
             base, lora, own = (means.get(key, {}).get(role) for key in ("base", "lora", method))
             known = None not in (base, lora, own) and method != "base" and (lora > base) == (role == "id")
-            line.append(f"{100 * (own - base) / (lora - base):.0f} %" if known and lora != base else "-")
+            line.append(f"{round(100 * (own - base) / (lora - base))} %" if known and lora != base else "-")
         sizes = [r["value"] for s in seeds.values() for r in s if r["metric"] == "trainable_parameters"]
         line.append(f"{statistics.fmean(sizes):,.0f}" if sizes else "-")
         lines.append([*line, str(len(seeds))])

@@ -381,6 +381,16 @@ def test_comparison_by_hand():
     assert [line.split("|")[6].strip() for line in report.comparison(without).splitlines()[2:]] == ["-", "-", "-"]
 
 
+def test_published_tables_are_those_of_their_results():
+    page = (ROOT / "recipes" / "README.md").read_text()
+    folders = sorted(path.parent for path in (ROOT / "recipes" / "results").glob("*/results.jsonl"))
+    assert folders
+    for folder in folders:
+        assert report.comparison(read_results(folder / "results.jsonl")) in page
+        assert f"results/{folder.name}/frontier.png" in page
+        assert (folder / "frontier.png").is_file()
+
+
 # ---- the callback
 def watched(count=16):
     images = Images(count)
