@@ -9,10 +9,13 @@ _HOME = {
     "GateConfig": "config",
     "GateController": "controller",
     "attach_gates": "controller",
+    "lora_targets": "targets",
     "GateAnnealingCallback": "callbacks",
     "RetentionCallback": "retention",
     "GatedLoraTrainer": "trainer",
     "GatedLoraTrainingArguments": "trainer",
+    "load_open_clip": "openclip",
+    "export_open_clip": "openclip",
 }
 __all__ = [*_HOME, "__version__"]
 

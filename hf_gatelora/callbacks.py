@@ -2,6 +2,7 @@
 
 import logging
 
+import torch
 from accelerate.state import GradientState
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
@@ -17,7 +18,7 @@ class GateAnnealingCallback(TrainerCallback):
 
     `GatedLoraTrainer` brings its own. On a stock `Trainer` it also adds the penalty to the loss that the model
     returns, and gives the scores their own optimizer group (own learning rate, no weight decay). What it cannot do
-    there is to resume: that needs `GatedLoraTrainer`.
+    there is to resume: that needs `GatedLoraTrainer`. TRL's `SFTTrainer` is such a stock trainer.
 
     Args:
         gates: the controller, from `attach_gates`.
@@ -26,10 +27,15 @@ class GateAnnealingCallback(TrainerCallback):
     """
 
     def __init__(self, gates: GateController, add_penalty: bool = True):
-        self.gates = gates
         self.add_penalty = add_penalty
         self._separate = True  # GatedLoraTrainer does it where it makes the optimizer
         self._hook = None
+        self._fp16 = False
+        self.watch(gates)
+
+    def watch(self, gates: GateController) -> None:
+        """Drive these gates from now on."""
+        self.gates = gates
         self._penalties = gates.penalties
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
@@ -46,6 +52,7 @@ class GateAnnealingCallback(TrainerCallback):
                 "accumulation), or start a new run."
             )
         gates.total_steps = state.max_steps
+        self._fp16 = args.fp16
         check_reach(gates, state.max_steps)
         if not gates.frozen and self._separate:
             separate_scores(gates, optimizer, lr_scheduler)
@@ -63,6 +70,15 @@ class GateAnnealingCallback(TrainerCallback):
                 "adds it itself, or add gates.penalty() to your loss and pass add_penalty=False."
             )
         penalty = self.gates.penalty()
+        if kwargs.get("fused_lm_head"):  # TRL's trainers make their loss of these, and scale it themselves
+            if self._fp16:
+                raise RuntimeError(
+                    "Under fp16 the gates' penalty cannot be scaled like the loss that this trainer makes of "
+                    "log_probs. Train in bf16 or fp32."
+                )
+            if GradientState().sync_gradients:
+                output["log_probs"] = _WithPenalty.apply(output["log_probs"], penalty)
+            return output
         # A loss that was normalised by num_items_in_batch is summed over the micro-batches of a step: the penalty goes
         # into the last one. Any other loss Trainer divides by their number: the penalty goes into each.
         if kwargs.get("num_items_in_batch") is None or GradientState().sync_gradients:
@@ -94,6 +110,20 @@ class GateAnnealingCallback(TrainerCallback):
                 "frozen now, and no step has trained the open blocks alone."
             )
             self.gates.freeze()
+
+
+class _WithPenalty(torch.autograd.Function):
+    """Passes a tensor on; its backward also gives the penalty the gradient 1, whatever the loss made of the tensor."""
+
+    @staticmethod
+    def forward(ctx, tensor, penalty):
+        ctx.save_for_backward(penalty)
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (penalty,) = ctx.saved_tensors
+        return gradient, torch.ones_like(penalty)
 
 
 def check_reach(gates: GateController, max_steps: int) -> None:

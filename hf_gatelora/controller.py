@@ -17,6 +17,7 @@ from . import sharding
 from .blocks import find_towers, gate_costs, group_modules, open_counts
 from .config import GateConfig
 from .export import load_raw, read_state, write_adapter
+from .targets import outside_of_layers
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def attach_gates(
             matches nothing or several, or the model has gates already.
     """
     if not isinstance(peft_model, PeftModel):
+        seam.refuse_injected(peft_model)
         raise TypeError(
             f"attach_gates needs a PeftModel, found {type(peft_model).__name__}. Make one with "
             "peft.get_peft_model(model, LoraConfig(...)), and attach the gates before accelerator.prepare."
@@ -63,9 +65,18 @@ def attach_gates(
         raise ValueError(f"No adapter {adapter_name!r}: the model has {sorted(peft_model.peft_config)}.")
     if getattr(peft_model, CONTROLLER, None) is not None:
         attached = getattr(peft_model, CONTROLLER).adapter_name
-        raise ValueError(f"The model has gates already, on adapter {attached!r}: use that GateController.")
+        raise ValueError(
+            f"The model has gates already, on adapter {attached!r}: use that GateController. To gate another adapter, "
+            "first call its fold(), which freezes these gates and leaves stock LoRA."
+        )
     layers = seam.lora_layers(peft_model, adapter_name)
     seam.check_targets(peft_model, peft_model.peft_config[adapter_name])
+    outside = outside_of_layers(peft_model, list(layers))
+    if outside:
+        logger.warning(
+            f"These gates are on heads or projections, outside of the repeated layers: {', '.join(outside)}. "
+            'target_modules="all-linear" takes them in; target_modules=lora_targets(model) leaves them out.'
+        )
     return GateController(peft_model, layers, config or GateConfig(), adapter_name)
 
 
@@ -100,11 +111,11 @@ class GateController:
         self.progress, self.steps, self.total_steps = 0.0, 0, None
         self.penalties = 0  # how many penalties were part of a loss, counted in its backward
         self._open: Tensor | None = None  # boolean mask, once frozen
-        self._lambda = torch.zeros(len(self.towers), device=self._device)
+        self._lambda = torch.zeros(len(self.towers), dtype=torch.float32, device=self._device)
         index = {i: t for t, members in enumerate(self.towers.values()) for i in members}
         self._tower_of = torch.tensor([index[i] for i in range(len(index))], device=self._device)
         targets = [count / len(members) for members, count in self._counts or []]  # one budget counts for all towers
-        self._target = torch.tensor(targets, device=self._device)
+        self._target = torch.tensor(targets, dtype=torch.float32, device=self._device)
         self._optimizers: list[weakref.ref] = []
         _CONTROLLERS.add(self)
 

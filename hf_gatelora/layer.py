@@ -4,6 +4,7 @@ PEFT's `LoraLayer.lora_variant[adapter]` decides how a LoRA layer's forward, mer
 ordinary LoRA layer with `GatedLora` in that slot; taking it out again leaves a stock layer.
 """
 
+import copy
 import hashlib
 import re
 from collections import Counter
@@ -35,6 +36,8 @@ RENAMED = {
     "c_proj": "fc2",
 }
 
+
+PRESET = "Or take target_modules=hf_gatelora.lora_targets(model), the linear layers of its transformer layers."
 
 # The initialisations that leave the base weights as they are.
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
@@ -78,6 +81,21 @@ class GatedLora(LoraVariant):
         return orig_weight - self._delta(module, active_adapter, orig_weight, value)
 
 
+def refuse_injected(model: nn.Module) -> None:
+    """Refuse a model whose LoRA layers came from transformers' own `add_adapter`.
+
+    Raises:
+        TypeError: saying how to adapt it instead.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise TypeError(
+            f"{type(model).__name__} was adapted by its own add_adapter or load_adapter; gates need a PeftModel. In "
+            "place of model.add_adapter(LoraConfig(...)) call model = peft.get_peft_model(model, LoraConfig(...)). To "
+            "go on with an adapter that is trained already: model.save_pretrained(directory), then "
+            "peft.PeftModel.from_pretrained(base_model, directory, is_trainable=True) on a fresh base model."
+        )
+
+
 def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
     """The LoRA layers of one adapter by their module name in the base model, in module order.
 
@@ -92,10 +110,20 @@ def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
         raise ValueError(
             f"bias={config.bias!r} trains biases of the base model, which no gate can close. Set bias='none'."
         )
+    if config.trainable_token_indices:
+        raise ValueError(
+            "trainable_token_indices trains embeddings of the base model, which no gate can close. Leave it out, or "
+            "name the embedding in modules_to_save, as one does with a head."
+        )
+    if config.layer_replication:
+        raise ValueError(
+            "layer_replication makes layers that share their base weights, so that closed blocks would not be the base "
+            "model and merging one copy would change the other. Leave it out, or replicate the layers before LoRA."
+        )
     if config.init_lora_weights not in PLAIN_INITS:
         raise ValueError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the base weights, so that a closed block would "
-            f"not be the base model. Use one of {PLAIN_INITS}."
+            f"init_lora_weights={config.init_lora_weights!r} changes the base weights (or, as 'mica', trains another "
+            f"way), so that a closed block would not be the base model. Use one of {PLAIN_INITS}."
         )
     found = {
         name.removeprefix(PREFIX): module
@@ -103,12 +131,24 @@ def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
         if isinstance(module, LoraLayer) and adapter in _adapter_names(module)
     }
     if not found:
-        raise ValueError(f"Adapter {adapter!r} has no LoRA layer. {describe_linear_layers(model)}")
+        raise ValueError(f"Adapter {adapter!r} has no LoRA layer. {describe_linear_layers(model)} {PRESET}")
+    named = [name for name in found if name in (config.target_modules or ())]
+    if config.layers_to_transform is not None and named and not isinstance(config.target_modules, str):
+        raise ValueError(
+            f"layers_to_transform={config.layers_to_transform} has no effect on target_modules that name a module in "
+            f"full, as {named[0]!r} does. Leave it out, and keep the names of the other layers out of target_modules."
+        )
     for name, layer in found.items():
         if not isinstance(layer, (LoraLinear, _ConvNd)):
             raise TypeError(
                 f"{name}: a LoRA layer of type {type(layer).__name__} cannot be gated, only Linear and Conv layers "
                 "can. Leave it out of target_modules (and out of target_parameters)."
+            )
+        parent = model.get_submodule((PREFIX + name).rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(
+                f"{name}: nn.MultiheadAttention reads this layer's weight without calling it, so that LoRA has no "
+                "effect there. Leave it out of target_modules, which target_modules=lora_targets(model) does."
             )
         if adapter in layer.lora_variant:
             raise ValueError(
@@ -156,7 +196,7 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
     hint = f" ({'; '.join(hints)})" if hints else ""
     raise ValueError(
         f"target_modules: {', '.join(map(repr, missing))} matches no module of {type(model).__name__}{hint}. "
-        f"{describe_linear_layers(model)}"
+        f"{describe_linear_layers(model)} {PRESET}"
     )
 
 
@@ -170,7 +210,7 @@ def describe_linear_layers(model: nn.Module) -> str:
     if not leaves:
         return "The model has no linear layer."
     listed = ", ".join(f"{leaf} (x{count})" for leaf, count in sorted(leaves.items()))
-    return f'Its linear layers are: {listed}. Name them in target_modules, or take target_modules="all-linear".'
+    return f"Its linear layers are: {listed}. Name in target_modules those to adapt."
 
 
 def layer_of(model: PeftModel, name: str) -> str:
@@ -263,7 +303,8 @@ def b_key(name: str, adapter: str) -> str:
 
 def narrow_targets(model: PeftModel, adapter: str, names: list[str]) -> None:
     """Make the adapter's config target exactly the modules in `names`."""
-    config = model.peft_config[adapter]
+    # A copy: PEFT keeps the user's own config, which may serve for another model too.
+    config = model.peft_config[adapter] = copy.deepcopy(model.peft_config[adapter])
     every = [
         name.removeprefix(PREFIX)
         for name, module in model.named_modules()
@@ -275,6 +316,10 @@ def narrow_targets(model: PeftModel, adapter: str, names: list[str]) -> None:
     config.target_modules = list(names)
     config.exclude_modules = "|".join(re.escape(name) for name in sorted(caught)) or None
     config.layers_to_transform = config.layers_pattern = None
+    # PEFT warns of patterns that match nothing.
+    for patterns in (config.rank_pattern or {}, config.alpha_pattern or {}):
+        for key in [k for k in patterns if not any(re.match(rf"(.*\.)?({k})$", name) for name in names)]:
+            del patterns[key]
 
 
 def unwrap_empty_layers(model: PeftModel) -> None:

@@ -13,7 +13,8 @@ from .config import GateConfig
 from .controller import CONTROLLER, attach_gates
 from .engines import EngineTrainer
 from .export import SUMMARY_FILE
-from .layer import check_targets
+from .layer import check_targets, refuse_injected
+from .targets import without_heads
 
 
 @dataclass
@@ -73,13 +74,14 @@ class GatedLoraTrainer(EngineTrainer):
 
     Args:
         model: a `PeftModel` with LoRA layers (its active adapter is gated), one whose gates are attached already, or
-            a plain model together with `peft_config`.
+            a plain model together with `peft_config`. With `model_init` in its place, each call gives such a model.
         args: `GatedLoraTrainingArguments`; with stock `TrainingArguments` the gates take their defaults.
-        peft_config: LoRA settings for a plain model.
+        peft_config: LoRA settings for a plain model. Here "all-linear" leaves heads and projections out, as
+            `lora_targets` does.
         kwargs: for `Trainer`.
 
     Attributes:
-        gates: the `GateController`.
+        gates: the `GateController`; with `model_init` that of the newest model.
 
     Raises:
         ValueError, TypeError: as `attach_gates`, and where model and `peft_config` do not go together.
@@ -94,21 +96,16 @@ class GatedLoraTrainer(EngineTrainer):
         callbacks: list | None = None,
         **kwargs,
     ):
-        if kwargs.get("model_init") is not None or model is None:
-            raise ValueError("GatedLoraTrainer needs `model`; gates cannot be attached to a `model_init` yet.")
+        if model is None and kwargs.get("model_init") is None:
+            raise ValueError("GatedLoraTrainer needs `model`, or `model_init` that makes one.")
         if args is not None and args.n_gpu > 1:
             raise ValueError(
                 f"Found {args.n_gpu} GPUs in one process, which Trainer would use through DataParallel; its replicas "
                 "cannot hold gates. Start one process per GPU with `accelerate launch`."
             )
-        model = _adapted(model, peft_config)
-        config = args.gate_config() if isinstance(args, GatedLoraTrainingArguments) else GateConfig()
-        self.gates = getattr(model, CONTROLLER, None) or attach_gates(model, config, model.active_adapter)
-        if isinstance(args, GatedLoraTrainingArguments) and self.gates.config != config:
-            raise ValueError(
-                f"The model's gates were attached with {self.gates.config}, the training arguments say {config}. Give "
-                "the same settings in both, or plain TrainingArguments."
-            )
+        self._peft_config = peft_config
+        if model is not None:
+            model = self._gate(model, args)
         if args is not None and args.activation_checkpointing:
             # Reentrant checkpointing gives no gradient to blocks whose input needs none, as in a frozen vision tower.
             args.activation_checkpointing_kwargs = {
@@ -117,13 +114,35 @@ class GatedLoraTrainer(EngineTrainer):
             }
 
         self._penalty_sum, self._penalty_count = 0.0, 0
+        self._annealing: list[GateAnnealingCallback] = []
         super().__init__(model, args, *trainer_args, callbacks=callbacks, **kwargs)
-        annealing = [c for c in self.callback_handler.callbacks if isinstance(c, GateAnnealingCallback)]
-        if not annealing:
-            annealing = [GateAnnealingCallback(self.gates)]
-            self.add_callback(annealing[0])
-        for callback in annealing:  # what a stock Trainer needs is done here, in compute_loss and create_optimizer
+        self._annealing = [c for c in self.callback_handler.callbacks if isinstance(c, GateAnnealingCallback)]
+        if not self._annealing:
+            self._annealing = [GateAnnealingCallback(self.gates)]
+            self.add_callback(self._annealing[0])
+        for callback in self._annealing:  # what a stock Trainer needs is done in compute_loss and create_optimizer
             callback.add_penalty = callback._separate = False
+
+    def _gate(self, model, args):
+        model = _adapted(model, self._peft_config)
+        config = args.gate_config() if isinstance(args, GatedLoraTrainingArguments) else GateConfig()
+        self.gates = getattr(model, CONTROLLER, None) or attach_gates(model, config, model.active_adapter)
+        if isinstance(args, GatedLoraTrainingArguments) and self.gates.config != config:
+            raise ValueError(
+                f"The model's gates were attached with {self.gates.config}, the training arguments say {config}. Give "
+                "the same settings in both, or plain TrainingArguments."
+            )
+        return model
+
+    def call_model_init(self, trial=None):
+        """A new model from `model_init`, with gates of its own by the training arguments as they are now."""
+        if trial is not None:
+            # Trainer would give the trial's settings to the arguments only after the model is made.
+            self._hp_search_setup(trial)
+        model = self._gate(super().call_model_init(trial), self.args)
+        for callback in self._annealing:
+            callback.watch(self.gates)
+        return model
 
     # ---- loss ---------------------------------------------------------------------------------------------------
 
@@ -313,9 +332,10 @@ def _adapted(model, peft_config: LoraConfig | None) -> PeftModel:
         if peft_config is not None:
             raise ValueError("The model is a PeftModel already: pass it without peft_config.")
         return model
+    refuse_injected(model)
     if peft_config is None:
         raise ValueError(
             f"{type(model).__name__} has no LoRA layers: pass peft_config=LoraConfig(...), or a PeftModel."
         )
     check_targets(model, peft_config)
-    return get_peft_model(model, peft_config)
+    return get_peft_model(model, without_heads(model, peft_config))

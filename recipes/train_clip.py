@@ -5,23 +5,33 @@
 Two modes: `classification` (cross-entropy of each image over the texts of all class prompts, text tower included, so
 that zero-shot use stays meaningful) and `contrastive` (in-batch, on image-caption pairs). The base model and every
 tuned one are evaluated on the ID test set, each OOD set and each retention set.
+
+`--model open_clip:ViT-B-32/laion2b_s34b_b79k` (a tag or a checkpoint file; none: random weights) or
+`open_clip:hf-hub:user/repo` takes a model of open_clip, and `--save_open_clip` gives the tuned ones back to it.
 """
 
+import hashlib
+import os
+import re
 import sys
+import tempfile
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 import toy_world
 from accelerate import PartialState
 from common import RecipeArguments, parse_arguments
 from data import TOY, LabelledImages
-from methods import Task, main
-from peft import LoraConfig
+from huggingface_hub import constants
+from methods import ADAPTER_FILE, Task, main
+from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors.torch import save_file
 from torch.distributed.nn.functional import all_gather
 from transformers import CLIPModel, CLIPProcessor
 from transformers.integrations import unset_hf_deepspeed_config
 
-from hf_gatelora import GatedLoraTrainingArguments
+from hf_gatelora import GatedLoraTrainingArguments, export_open_clip, load_open_clip
 from hf_gatelora.evaluation.linear_probe import fit_linear_probe
 from hf_gatelora.evaluation.suite import ClipSuite
 from hf_gatelora.evaluation.templates import imagenet_class_names, prompt_templates
@@ -30,6 +40,7 @@ from hf_gatelora.layer import check_targets
 
 MODES = ("classification", "contrastive")
 TOWERS = ("vision", "text")
+OPEN_CLIP, OPEN_CLIP_FILE = "open_clip:", "open_clip_model.safetensors"
 
 
 @dataclass
@@ -67,6 +78,16 @@ class ClipArguments(RecipeArguments):
             raise ValueError(f"--prompt {self.prompt!r} has no {{}} for the class name.")
 
 
+@dataclass
+class ExportArguments:
+    """What is written beside adapters and results."""
+
+    save_open_clip: bool = field(
+        default=False,
+        metadata={"help": f"also write each tuned model, merged, for open_clip: OUTPUT_DIR/METHOD/{OPEN_CLIP_FILE}"},
+    )
+
+
 class Clip(Task):
     """A CLIP checkpoint, trained on images against the texts of their classes or their captions."""
 
@@ -75,11 +96,17 @@ class Clip(Task):
         # parameter without dimensions. They are partitioned when training starts.
         unset_hf_deepspeed_config()
         self.arguments = arguments
-        self.name = str(toy_world.ensure_world() / "model") if arguments.model == TOY else arguments.model
+        self.name = arguments.model
+        if self.name == TOY:
+            self.name = str(toy_world.ensure_world() / "model")
+        elif self.name.startswith(OPEN_CLIP):
+            self.name = str(converted(self.name.removeprefix(OPEN_CLIP)))
         self.processor = self.load_processor()
 
     def load_processor(self):
-        return CLIPProcessor.from_pretrained(self.name)
+        # open_clip resizes with PIL.
+        backend = {"backend": "pil"} if self.arguments.model.startswith(OPEN_CLIP) else {}
+        return CLIPProcessor.from_pretrained(self.name, **backend)
 
     def base(self) -> CLIPModel:
         unset_hf_deepspeed_config()
@@ -142,6 +169,56 @@ class Clip(Task):
         return {"data_collator": collate, "compute_loss_func": class_prompt_loss}
 
 
+def converted(source: str) -> Path:
+    """Folder with the transformers checkpoint of a model of open_clip, `NAME`, `NAME/PRETRAINED` or `hf-hub:REPO`.
+
+    Adapters need a base that `from_pretrained` finds, so it is written once, to a folder that is named by its contents.
+    """
+    located = source.startswith(("hf-hub:", "local-dir:"))
+    name, _, pretrained = (source, "", "") if located else source.partition("/")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # random weights are the same in every process, and at every start
+        model, processor = load_open_clip(name, pretrained or None)
+    digest = hashlib.sha256(f"{model.config}{processor.image_processor}".encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.contiguous().numpy())
+    slug = re.sub(r"[^\w.]+", "-", source)[:60]
+    folder = (
+        Path(constants.HF_HOME).expanduser().absolute() / "hf_gatelora" / f"open_clip-{slug}-{digest.hexdigest()[:10]}"
+    )
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            model.save_pretrained(Path(scratch) / "base")
+            processor.save_pretrained(Path(scratch) / "base")
+            try:
+                os.rename(Path(scratch) / "base", folder)
+            except OSError:  # another process was faster, and its folder holds the same
+                if not folder.is_dir():
+                    raise
+    if PartialState().is_main_process:
+        print(
+            f"{OPEN_CLIP}{source} as a transformers checkpoint: {folder}. Adapters name it as their base. To publish "
+            "one, push that folder too, and train with --model USER/REPO."
+        )
+    return folder
+
+
+def save_open_clip(folder: Path) -> None:
+    """Write the tuned model in a method's folder as a state dict of open_clip, beside it."""
+    unset_hf_deepspeed_config()
+    if (folder / ADAPTER_FILE).is_file():
+        base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        model = PeftModel.from_pretrained(CLIPModel.from_pretrained(base, dtype=torch.float32), folder)
+        model = model.merge_and_unload()
+    else:
+        model = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+    temporary = folder / f".{OPEN_CLIP_FILE}.tmp"
+    save_file(export_open_clip(model), temporary)
+    os.replace(temporary, folder / OPEN_CLIP_FILE)
+    print(f"For open_clip: {folder / OPEN_CLIP_FILE}")
+
+
 def class_prompt_loss(outputs, labels, num_items_in_batch=None):
     """Cross-entropy of each image over the texts of all classes, as a mean over images."""
     total = torch.nn.functional.cross_entropy(outputs["logits_per_image"], labels, reduction="sum")
@@ -163,5 +240,15 @@ def contrastive_loss(outputs, labels, num_items_in_batch=None):
     return total / 2 / (len(labels) if num_items_in_batch is None else num_items_in_batch)
 
 
+def run(argv: list[str]) -> None:
+    """Run the recipe from its command line."""
+    arguments, training, export = parse_arguments([ClipArguments, GatedLoraTrainingArguments, ExportArguments], argv)
+    main(Clip, arguments, training)
+    if export.save_open_clip and training.process_index == 0:
+        for method in arguments.methods:
+            if method != "linear_probe":  # its tower is the base
+                save_open_clip(Path(training.output_dir) / method)
+
+
 if __name__ == "__main__":
-    main(Clip, *parse_arguments([ClipArguments, GatedLoraTrainingArguments], sys.argv[1:]))
+    run(sys.argv[1:])

@@ -118,8 +118,8 @@ def test_model_and_peft_config_must_go_together(tmp_path):
         GatedLoraTrainer(model)
     with pytest.raises(ValueError, match="PeftModel already"):
         GatedLoraTrainer(clip_model(), peft_config=lora_config(model))
-    with pytest.raises(ValueError, match="needs `model`"):
-        GatedLoraTrainer(model_init=lambda: model)
+    with pytest.raises(ValueError, match="needs `model`, or `model_init`"):
+        GatedLoraTrainer()
 
 
 def test_scores_and_progress_out_of_range():

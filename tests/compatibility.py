@@ -1,0 +1,25 @@
+"""Prints the README's compatibility table, from the cases that the tests run: `python tests/compatibility.py`."""
+
+from backbones import BACKBONES
+
+BEHAVIOURS = ["forward parity", "train", "fold to stock PEFT", "merge", "resume", "compile"]
+
+
+def table() -> str:
+    """The table as Markdown: one row per backbone, one column per behaviour, refusals below it."""
+    refusals: list[str] = []
+    rows = [["base", *BEHAVIOURS], ["---"] * (1 + len(BEHAVIOURS))]
+    for name, backbone in BACKBONES.items():
+        row = [name]
+        for behaviour in BEHAVIOURS:
+            sentence = backbone["refused"].get(behaviour)
+            if sentence is not None:
+                refusals.append(sentence)
+            row.append("✓" if sentence is None else f"refused ({len(refusals)})")
+        rows.append(row)
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(lines + [f"{i}. {sentence}" for i, sentence in enumerate(refusals, 1)])
+
+
+if __name__ == "__main__":
+    print(table())
