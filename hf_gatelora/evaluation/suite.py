@@ -1,5 +1,6 @@
 """Suites of ID, OOD and retention sets, and how each family of models is measured on them."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -67,7 +68,7 @@ class EvalSet:
 
 
 @dataclass(kw_only=True)
-class Suite:
+class Suite(ABC):
     """Sets, and how a model is measured on one of them: `metrics`, of the subclasses below or of your own.
 
     Args:
@@ -80,9 +81,9 @@ class Suite:
     batch_size: int = 64
     num_workers: int = 0
 
+    @abstractmethod
     def metrics(self, model: nn.Module, data: EvalSet, title: str) -> dict[str, float]:
         """Measure a model on one set: metric name to value, accuracies as fractions. Collective."""
-        raise NotImplementedError
 
     def measure(self, model: nn.Module, title: str = "") -> list[dict]:
         """Measure a model on every set. Collective; shows progress, under `title`.
