@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant, _ConvNd
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from . import sharding
@@ -79,6 +80,11 @@ class GatedLora(LoraVariant):
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
         value = module._cache_pop(f"{active_adapter}-merged-gate")
         return orig_weight - self._delta(module, active_adapter, orig_weight, value)
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer that PEFT wrapped; the module itself where it is no adapter's layer."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def refuse_injected(model: nn.Module) -> None:

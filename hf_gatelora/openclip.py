@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.image_utils import PILImageResampling
+
+from .layer import base_layer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -134,7 +135,7 @@ def export_open_clip(clip_model: CLIPModel) -> dict[str, Tensor]:
         TypeError: for anything but a `CLIPModel`.
         ValueError: where an adapter is not merged.
     """
-    if isinstance(clip_model, PeftModel) or any(isinstance(m, BaseTunerLayer) for m in clip_model.modules()):
+    if isinstance(clip_model, PeftModel) or any(base_layer(m) is not m for m in clip_model.modules()):
         raise ValueError("The model has an adapter that is not merged: export what model.merge_and_unload() returns.")
     if not isinstance(clip_model, CLIPModel):
         raise TypeError(f"Only a CLIPModel can be exported to open_clip, found {type(clip_model).__name__}.")

@@ -3,11 +3,10 @@
 import copy
 
 from peft import LoraConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .layer import describe_linear_layers
+from .layer import base_layer, describe_linear_layers
 
 
 def lora_targets(model: nn.Module) -> list[str]:
@@ -46,7 +45,7 @@ def without_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
     config = copy.deepcopy(config)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         inside = [name for name, inside in linear_layers(model).items() if inside]
-        config.target_modules = [n for n in inside if not _is_conv(_base(model.get_submodule(n)))] or "all-linear"
+        config.target_modules = [n for n in inside if not _is_conv(base_layer(model.get_submodule(n)))] or "all-linear"
     return config
 
 
@@ -64,7 +63,7 @@ def linear_layers(model: nn.Module) -> dict[str, bool]:
     found: dict[str, bool] = {}
 
     def walk(module: nn.Module, name: str, inside: bool) -> None:
-        module = _base(module)
+        module = base_layer(module)
         if _is_linear(module):
             found[name] = inside
         elif not isinstance(module, nn.MultiheadAttention):
@@ -76,10 +75,6 @@ def linear_layers(model: nn.Module) -> dict[str, bool]:
     return found
 
 
-def _base(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
 def _is_conv(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.conv._ConvNd)
 
@@ -89,5 +84,5 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _repeats(module: nn.Module) -> bool:
-    entries = [_base(entry) for entry in module] if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
+    entries = [base_layer(entry) for entry in module] if isinstance(module, (nn.ModuleList, nn.Sequential)) else []
     return len({type(entry) for entry in entries}) == 1 and any(True for _ in entries[0].children())
