@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from . import sharding
 from .controller import GateController
+from .evaluation.results import not_default
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class GateAnnealingCallback(TrainerCallback):
                 "accumulation), or start a new run."
             )
         gates.total_steps = state.max_steps
+        gates.arguments = not_default(args)
         self._fp16 = args.fp16
         check_reach(gates, state.max_steps)
         if not gates.frozen and self._separate:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import tempfile
 import weakref
 from pathlib import Path
 
@@ -99,6 +100,7 @@ class GateController:
         costs = gate_costs(self.blocks, multiplications, config)
         self._costs = torch.tensor(costs, dtype=torch.float32, device=self._device)
         self._fingerprint = seam.fingerprint(layers)
+        self._base = _describe(model.get_base_model())
 
         gates = nn.ModuleList(maths.Gate(config, self._device) for _ in self.blocks)
         for gate, members in zip(gates, self.blocks.values(), strict=True):
@@ -110,6 +112,11 @@ class GateController:
 
         self.progress, self.steps, self.total_steps = 0.0, 0, None
         self.penalties = 0  # how many penalties were part of a loss, counted in its backward
+        # What the model card says of the run, set by who knows it: its arguments, the last measurement's rows, and the
+        # step that the weights are of, where they were loaded from an earlier one.
+        self.arguments: dict = {}
+        self.results: list[dict] = []
+        self.weights_step: int | None = None
         self._open: Tensor | None = None  # boolean mask, once frozen
         self._lambda = torch.zeros(len(self.towers), dtype=torch.float32, device=self._device)
         index = {i: t for t, members in enumerate(self.towers.values()) for i in members}
@@ -119,7 +126,7 @@ class GateController:
         self._optimizers: list[weakref.ref] = []
         _CONTROLLERS.add(self)
 
-        model.save_pretrained = self.save_pretrained
+        model.save_pretrained, model.push_to_hub = self.save_pretrained, self.push_to_hub
         self._refresh()
 
     @property
@@ -247,6 +254,7 @@ class GateController:
             )
         self.progress = progress
         self.steps += 1
+        self.weights_step = None
         if self.frozen:
             return
         if progress >= self.config.freeze_ratio:
@@ -414,7 +422,7 @@ class GateController:
         self.freeze()
         if not self._open.any():
             seam.uninstall(self._layers[next(iter(self._layers))], self.adapter_name)
-        del self.model.save_pretrained
+        del self.model.save_pretrained, self.model.push_to_hub
         delattr(self.model, CONTROLLER)
         return self.model
 
@@ -465,7 +473,40 @@ class GateController:
     def _write(self, directory, **kwargs) -> None:
         values = self.gates.tolist()
         factors = {m: v for members, v in zip(self.blocks.values(), values, strict=True) for m in members}
-        write_adapter(self.model, self.adapter_name, factors, self.state_dict(), self.summary(), directory, **kwargs)
+        weights_step = self.steps if self.weights_step is None else self.weights_step
+        run = {"base_model": self._base, "arguments": self.arguments, "weights_step": weights_step}
+        write_adapter(
+            self.model,
+            self.adapter_name,
+            factors,
+            self.state_dict(),
+            {**self.summary(), **run},
+            directory,
+            results=self.results,
+            **kwargs,
+        )
+
+    def push_to_hub(self, repo_id: str, *, commit_message: str | None = None, **kwargs) -> str:
+        """`PeftModel.push_to_hub` of the gated model: its folder as `save_pretrained` writes it, with our model card.
+
+        Args:
+            kwargs: private, revision, token and create_pr, as for `hub.push.push_adapter`.
+
+        Returns:
+            The URL of the repository.
+        """
+        from .hub.push import PushError, push_adapter
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, selected_adapters=[self.adapter_name])
+            try:
+                return push_adapter(folder, repo_id, commit_message=commit_message, **kwargs)
+            except PushError as error:
+                raise PushError(
+                    error.reason,
+                    "Call push_to_hub again, or save_pretrained(FOLDER) and push that later: gatelora push FOLDER "
+                    f"--repo {repo_id}",
+                ) from error
 
     # ---- optimizer ----------------------------------------------------------------------------------------------
 
@@ -651,3 +692,11 @@ class GateController:
 def _zero(parameters) -> None:
     parameters = list(parameters)
     sharding.write(parameters, [torch.zeros(sharding.whole_shape(p)) for p in parameters])
+
+
+def _describe(base: nn.Module) -> dict:
+    """Class of the base model, and names of the classes that its head tells apart, for the model card."""
+    described = {"class": type(base).__name__, "library": type(base).__module__.split(".")[0]}
+    if described["class"].endswith(("ForImageClassification", "ForSequenceClassification")):
+        described["classes"] = [str(base.config.id2label[i]) for i in range(base.config.num_labels)]
+    return described

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import layer as seam
+from .evaluation.results import RESULTS_FILE, read_results, write_results
 
 STATE_FILE = "gatelora_state.safetensors"
 SUMMARY_FILE = "gates.json"
@@ -32,9 +33,10 @@ def write_adapter(
     summary: dict,
     directory: str | os.PathLike,
     state_dict: dict[str, Tensor] | None = None,
+    results: list[dict] | None = None,
     **kwargs,
 ) -> None:
-    """Write a stock PEFT adapter with each gate's value folded into its blocks' B.
+    """Write a stock PEFT adapter with each gate's value folded into its blocks' B, and its model card.
 
     Each file is written under a temporary name and then renamed. The adapter's files lie in `directory` itself,
     whatever the adapter is called, so that `PeftModel.from_pretrained(base, directory)` finds them.
@@ -43,8 +45,11 @@ def write_adapter(
         factors: gate value by LoRA module name.
         state, summary: contents of `gatelora_state.safetensors` and of `gates.json`.
         state_dict: the model's gathered state dict, where the model itself is sharded.
+        results: contents of `results.jsonl`; None leaves one that lies there.
         kwargs: for `PeftModel.save_pretrained`.
     """
+    from .hub.card import CARD, GATE_MAP, refresh_card
+
     weights = dict(model.state_dict() if state_dict is None else state_dict)
     state = dict(state)
     for name, factor in factors.items():
@@ -56,16 +61,23 @@ def write_adapter(
     directory = Path(directory)
 
     def write(temporary: Path) -> None:
-        # PEFT's card builder reads an existing card and keeps it, so it has to see it.
-        if (directory / "README.md").exists():
-            shutil.copy(directory / "README.md", temporary)
         PeftModel.save_pretrained(model, temporary, selected_adapters=[adapter_name], state_dict=weights, **kwargs)
         folder = temporary / ("" if adapter_name == "default" else adapter_name)
         save_file(state, folder / STATE_FILE)
         (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
+        if results:
+            write_results(results, folder / RESULTS_FILE)
+        (temporary / CARD).unlink(missing_ok=True)  # PEFT's, with placeholders
 
-    # Of the weight files, one may be of an earlier save in the other format.
-    _replace_files(directory, write, {SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME})
+    # Of the weight files, one may be of an earlier save in the other format; a gate map is of an earlier state.
+    _replace_files(directory, write, {SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, GATE_MAP})
+    refresh_card(directory)
+
+
+def adapter_folder(directory: str | os.PathLike, adapter_name: str) -> Path:
+    """Where below a saved folder the gated adapter's files lie: beside one that is called "default", in its own."""
+    inner = Path(directory) / adapter_name
+    return inner if (inner / SUMMARY_FILE).is_file() else Path(directory)
 
 
 def read_state(directory: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
@@ -184,14 +196,22 @@ def scale_adapter(
                 )
             weights[key] = torch.lerp(heads[name].to(value), value, scale)
 
+    from .hub.card import FRONTIER, GATE_MAP, refresh_card
+
     def write(folder: Path) -> None:
         save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         shutil.copy(directory / CONFIG_NAME, folder)
         if (directory / SUMMARY_FILE).is_file():
             summary = json.loads((directory / SUMMARY_FILE).read_text())
             (folder / SUMMARY_FILE).write_text(json.dumps({**summary, "scale": scale}, indent=1) + "\n")
+        rows = read_results(directory / RESULTS_FILE) if (directory / RESULTS_FILE).is_file() else []
+        rows = [row for row in rows if row.get("method") == "base" or row.get("wise") == scale]
+        if any("wise" in row for row in rows):
+            rows = [{key: value for key, value in row.items() if key != "wise"} for row in rows]
+            write_results(rows, folder / RESULTS_FILE)
 
-    _replace_files(output, write, {STATE_FILE})
+    _replace_files(output, write, {STATE_FILE, RESULTS_FILE, GATE_MAP, FRONTIER})
+    refresh_card(output)
 
 
 def _replace_files(directory: Path, write: Callable[[Path], None], stale: set[str]) -> None:

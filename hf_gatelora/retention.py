@@ -2,12 +2,15 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
+from .controller import CONTROLLER
+from .evaluation.results import RESULTS_FILE, Results, not_default, read_results, write_results
 from .evaluation.suite import ROLES, Suite, primary
 
 logger = logging.getLogger(__name__)
@@ -31,6 +34,9 @@ class RetentionCallback(TrainerCallback):
         suite: what is measured, for instance a `ClipSuite`.
         max_samples: images per set, 500; None takes all.
         max_loss: retention that may be lost for `eval_id_kept`, a fraction, 0.01.
+        file: name of the results file that the rows of the base and of the last evaluation (at the end, those of the
+            best model where that is loaded) are written to, in the output folder; model cards take their numbers from
+            it. None writes none.
         log: called with the entries. `GatedLoraTrainer` sets it; with a stock `Trainer` set `callback.log =
             trainer.log`, else they go to the state's log history and to Python's logging. The base is taken to stay as
             it is while this object lives.
@@ -41,6 +47,7 @@ class RetentionCallback(TrainerCallback):
         suite: Suite,
         max_samples: int | None = 500,
         max_loss: float = 0.01,
+        file: str | None = RESULTS_FILE,
         log: Callable[[dict[str, float]], None] | None = None,
     ):
         if max_samples is not None and max_samples < 1:
@@ -48,7 +55,7 @@ class RetentionCallback(TrainerCallback):
         if not 0 <= max_loss <= 1:
             raise ValueError(f"max_loss={max_loss} is a fraction of all retention images: give a number in [0, 1].")
         self.suite = suite if max_samples is None else suite.sample(max_samples)
-        self.max_loss, self.log = max_loss, log
+        self.max_loss, self.file, self.log = max_loss, file, log
         self.base: list[dict] | None = None
         self._found: dict[str, float] | None = None  # of this step's weights
         self._training = False
@@ -59,14 +66,19 @@ class RetentionCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self._found = None  # the weights change
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args, state, control, model=None, **kwargs):
         self._training = False
+        best = Path(state.best_model_checkpoint or ".", RESULTS_FILE)
+        if self.file and args.load_best_model_at_end and state.best_model_checkpoint and best.is_file():
+            self._publish(read_results(best), args, state, model)
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         if metrics is None or not any(key.startswith("eval_") for key in metrics):
             return  # a prediction, or an evaluation under another prefix
         if self._found is None or not self._training:  # Trainer evaluates each of several sets
-            entries, self._found = self._measure(model)
+            rows, entries, self._found = self._measure(model)
+            if self.file:
+                self._publish(self._with_base(rows, args, state, model), args, state, model)
             means = self._found
             if self.log is not None:
                 self.log({**entries, **means})
@@ -75,7 +87,23 @@ class RetentionCallback(TrainerCallback):
                 logger.info(f"step {state.global_step}: {means}")
         metrics.update(self._found)
 
-    def _measure(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
+    def _with_base(self, rows: list[dict], args, state, model: PeftModel) -> list[dict]:
+        """Rows of the base and of the model now, with what the results file says of each."""
+        stated = {"model": model.active_peft_config.base_model_name_or_path, "seed": args.seed}
+        results = Results(None, **stated, arguments=not_default(args))
+        method = "gated" if hasattr(model, CONTROLLER) else "adapter"
+        results.extend([{"method": "base", **row} for row in self.base])
+        results.extend([{"method": method, **row, "step": state.global_step} for row in rows])
+        return results.rows
+
+    def _publish(self, rows: list[dict], args, state, model: PeftModel) -> None:
+        """Write rows to the results file, and hand them to the gates, whose saves carry them along."""
+        if state.is_world_process_zero:
+            write_results(rows, Path(args.output_dir) / self.file)
+        if hasattr(model, CONTROLLER):
+            getattr(model, CONTROLLER).results = rows
+
+    def _measure(self, model: nn.Module) -> tuple[list[dict], dict[str, float], dict[str, float]]:
         if not isinstance(model, PeftModel):
             raise TypeError(
                 f"RetentionCallback compares with the base by disabling the adapter: it needs a PeftModel, found "
@@ -101,4 +129,4 @@ class RetentionCallback(TrainerCallback):
         if "eval_id" in means and "eval_retention" in means:
             kept = means["eval_retention_delta"] >= -self.max_loss
             means["eval_id_kept"] = means["eval_id"] if kept else means["eval_retention_delta"]
-        return entries, means
+        return rows, entries, means

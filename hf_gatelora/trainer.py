@@ -11,8 +11,8 @@ from transformers import TrainingArguments
 from .callbacks import GateAnnealingCallback, separate_scores
 from .config import GateConfig
 from .controller import CONTROLLER, attach_gates
-from .engines import EngineTrainer
-from .export import SUMMARY_FILE
+from .export import adapter_folder
+from .hub.trainer import HubTrainer
 from .layer import check_targets, refuse_injected
 from .targets import without_heads
 
@@ -65,7 +65,7 @@ def _parse(name, value):
         raise ValueError(f"{name}={value!r} is neither a number, a known word nor JSON.") from error
 
 
-class GatedLoraTrainer(EngineTrainer):
+class GatedLoraTrainer(HubTrainer):
     """`Trainer` with gated LoRA: change the class name of your Trainer, and pass a `PeftModel` or a `peft_config`.
 
     The scores get their own optimizer group: `gate_learning_rate`, no weight decay. The learning-rate schedule
@@ -255,7 +255,7 @@ class GatedLoraTrainer(EngineTrainer):
                 "optimizer state. Resume with the launcher config of that run, or load the adapter with "
                 "PeftModel.from_pretrained(base_model, checkpoint, is_trainable=True) and train anew."
             )
-        folder = self._gated_folder(checkpoint)
+        folder = adapter_folder(checkpoint, self.gates.adapter_name)
         self.gates.check_resumable(folder)
         return folder
 
@@ -264,6 +264,7 @@ class GatedLoraTrainer(EngineTrainer):
             super()._load_best_model()
         else:
             self._load_adapters(self.state.best_model_checkpoint)
+        self.gates.weights_step = self.state.best_global_step
 
     def _save(self, output_dir=None, state_dict=None):
         # What Trainer gathers holds the whole model, or leaves adapters out that do not train.
@@ -274,18 +275,13 @@ class GatedLoraTrainer(EngineTrainer):
         # Next, one process writes trainer_state.json, which makes the checkpoint a complete one.
         self.accelerator.wait_for_everyone()
 
-    def _gated_folder(self, checkpoint) -> Path:
-        # Beside an adapter that is called "default" the gated one lies in a folder of its own.
-        inner = Path(checkpoint) / self.gates.adapter_name
-        return inner if (inner / SUMMARY_FILE).is_file() else Path(checkpoint)
-
     def _load_adapters(self, checkpoint) -> None:
         # Trainer would take the adapter at the top of the folder for the one that is called "default".
         active = self.model.active_adapters
         for name in self.model.peft_config:
             folder = Path(checkpoint) if name == "default" else Path(checkpoint) / name
             if name == self.gates.adapter_name:
-                folder = self._gated_folder(checkpoint)
+                folder = adapter_folder(checkpoint, name)
             self.model.load_adapter(str(folder), name, is_trainable=name in active)
 
     def _determine_best_metric(self, metrics, trial):

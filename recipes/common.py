@@ -1,13 +1,11 @@
 """What the recipes share: arguments from YAML and command line, and the fields that every recipe has."""
 
 from argparse import _ExtendAction
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
-
-from hf_gatelora import GatedLoraTrainingArguments
 
 METHODS = {
     "linear_probe": "a linear classifier on the frozen features",
@@ -122,14 +120,3 @@ def parse_arguments(classes: list[type], argv: list[str]) -> tuple:
 
 # What a run may differ in from one whose results it takes over.
 NOT_OF_THE_METHOD = {"methods", "keep_finished", "output_dir", "logging_dir", "resume_from_checkpoint", "disable_tqdm"}
-
-
-def not_default(training: GatedLoraTrainingArguments) -> dict:
-    """The training arguments that differ from their defaults."""
-    # Not from an instance with the defaults: making one would set the processes up anew, without use_cpu.
-    defaults = {f.name: f.default for f in fields(training)}
-    return {
-        name: value
-        for name, value in training.to_dict().items()
-        if (value or defaults[name]) and str(value) != str(defaults[name]) and not name.endswith("_token")
-    }

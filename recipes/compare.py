@@ -19,7 +19,7 @@ from report import comparison
 from tasks import named_task
 
 from hf_gatelora import GatedLoraTrainingArguments
-from hf_gatelora.evaluation.results import read_results, write_results
+from hf_gatelora.evaluation.results import RESULTS_FILE, read_results, write_results
 from hf_gatelora.hub.plots import frontier
 
 
@@ -33,8 +33,11 @@ class CompareArguments:
 
 def finished_rows(output: Path) -> list[dict]:
     """Rows of all seeds and methods that are finished; of results.jsonl, where the runs are not there any more."""
-    files = sorted(output.glob("seed-*/*/results.jsonl")) or [output / "results.jsonl"]
-    rows = [row for file in files if file.is_file() for row in read_results(file)]
+    files = sorted(output.glob(f"seed-*/*/{RESULTS_FILE}"))
+    # Beside a method's rows lie those of the base, which has a folder of its own.
+    rows = [row for file in files for row in read_results(file) if row["method"] == file.parent.name]
+    if not files and (output / RESULTS_FILE).is_file():
+        rows = read_results(output / RESULTS_FILE)
     if not rows:
         raise ValueError(f"{output} has no finished runs: neither seed-N/METHOD/results.jsonl nor results.jsonl.")
     order = ["base", *METHODS]
@@ -49,7 +52,7 @@ def finished_rows(output: Path) -> list[dict]:
 def write_report(output: Path) -> str:
     """Write results.jsonl, comparison.md and frontier.png from what is finished; returns the table."""
     rows = finished_rows(output)
-    write_results(rows, output / "results.jsonl")
+    write_results(rows, output / RESULTS_FILE)
     text = comparison(rows)
     temporary = output / ".comparison.md.tmp"
     temporary.write_text(text + "\n")

@@ -1,5 +1,6 @@
 """Image data from any source: files, folders, the Hub, the toy world."""
 
+import re
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -20,13 +21,15 @@ def load_images(source: str):
             Hub id; a split may follow a colon (`user/data:test`), the default is `train`.
 
     Returns:
-        A `datasets.Dataset` with the column `image` not decoded, and the name of the image column.
+        A `datasets.Dataset` with the column `image` not decoded, the name of the image column, and, of a data set of
+        the Hub, its id and its commit (None where it is not known).
 
     Raises:
         ValueError: where nothing is found, or there is not exactly one image column.
     """
     if source.startswith(f"{TOY}:"):
         source = str(toy_world.ensure_world() / "data" / f"{source.removeprefix(f'{TOY}:')}.parquet")
+    origin = {}
     path, _, split = source.rpartition(":") if ":" in source and not Path(source).exists() else (source, "", "")
     file = Path(path)
     if split and (file.is_file() or (file / "state.json").is_file()):
@@ -51,6 +54,9 @@ def load_images(source: str):
         raise ValueError(f"{source}: no such file or folder.")
     else:
         data = load_dataset(path, split=split or "train")
+        # Of the Hub's data sets the cache folder is named by the commit.
+        folder = Path(data.cache_files[0]["filename"]).parent.name if data.cache_files else ""
+        origin = {"dataset": path, "revision": folder if re.fullmatch("[0-9a-f]{40}", folder) else None}
     columns = [name for name, feature in data.features.items() if isinstance(feature, Image)]
     if len(columns) != 1:
         found = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in data.features.items())
@@ -58,7 +64,7 @@ def load_images(source: str):
             f"{source}: needs one column of type Image, found {len(columns)} (columns: {found}). Cast the column with "
             'data.cast_column("image", datasets.Image()).'
         )
-    return data.cast_column(columns[0], Image(decode=False)), columns[0]
+    return data.cast_column(columns[0], Image(decode=False)), columns[0], origin
 
 
 class LabelledImages(torch.utils.data.Dataset):
@@ -69,6 +75,9 @@ class LabelledImages(torch.utils.data.Dataset):
         transform: from an RGB image to `pixel_values`.
         class_names: the classes that the labels index, by name; None takes those of the column.
         label_column, caption_column: names of these columns; the label column must hold `ClassLabel`s or strings.
+
+    Attributes:
+        origin: `dataset` and `revision` of a data set of the Hub; empty for all others.
 
     Raises:
         ValueError: where a column is missing or a label lies outside the class list; on access, where an image cannot
@@ -84,7 +93,7 @@ class LabelledImages(torch.utils.data.Dataset):
         class_names: list[str] | None = None,
     ):
         self.source, self.transform = source, transform
-        self.data, self.image_column = load_images(source)
+        self.data, self.image_column, self.origin = load_images(source)
         self.class_names: list[str] | None = None
         self.labels = self.captions = None
         if label_column in self.data.features:

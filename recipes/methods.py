@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from common import NOT_OF_THE_METHOD, RecipeArguments, not_default, parse_method
+from common import NOT_OF_THE_METHOD, RecipeArguments, parse_method
 from data import LabelledImages, parse_named_sources
 from peft import LoraConfig, PeftModel, get_peft_model
 from report import table
@@ -22,10 +22,11 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from hf_gatelora import GatedLoraTrainer, GatedLoraTrainingArguments, RetentionCallback, attach_gates
 from hf_gatelora.engines import EngineTrainer
-from hf_gatelora.evaluation.results import Results, read_results, write_results
+from hf_gatelora.evaluation.results import RESULTS_FILE, Results, not_default, read_results, write_results
 from hf_gatelora.evaluation.suite import EvalSet, Suite
 from hf_gatelora.export import check_scalable, scaled
-from hf_gatelora.hub.plots import frontier, gate_map
+from hf_gatelora.hub.card import write_card
+from hf_gatelora.hub.plots import frontier
 from hf_gatelora.layer import PLAIN_INITS
 
 ADAPTER_FILE, MODEL_FILE = "adapter_model.safetensors", "model.safetensors"
@@ -148,7 +149,7 @@ def train(
     return trainer, timer
 
 
-def costs(trainer: Trainer, timer: StepTimer, folder: Path, source: str) -> list[dict]:
+def costs(trainer: Trainer, timer: StepTimer, folder: Path, data: LabelledImages) -> list[dict]:
     """Rows of open blocks, parameters, bytes, and seconds per step before and after the freeze."""
     gates = getattr(trainer, "gates", None)
     is_adapter = (folder / ADAPTER_FILE).is_file()
@@ -163,7 +164,8 @@ def costs(trainer: Trainer, timer: StepTimer, folder: Path, source: str) -> list
     for frozen, phase in ((False, "search" if gates else "all"), (True, "consolidate")):
         if n := len(timer.seconds[frozen]):
             rows.append({"metric": "seconds_per_step", "value": timer.median(frozen), "n": n, "phase": phase})
-    return [{"role": "cost", "data": "train", "split": source, **row} for row in rows]
+    origin = {key: value for key, value in data.origin.items() if value is not None}
+    return [{"role": "cost", "data": "train", "split": data.source, **origin, **row} for row in rows]
 
 
 class Run:
@@ -228,7 +230,8 @@ class Run:
             labels = images.labels
             if role != "retention" and getattr(self.arguments, "mode", None) == "contrastive" and images.captions:
                 labels = None  # it is what it was trained for that is measured
-            sets.append(EvalSet(role, name, images, source, labels, images.class_names, images.captions, bank))
+            known = (images.class_names, images.captions, bank)
+            sets.append(EvalSet(role, name, images, source, labels, *known, **images.origin))
         return sets
 
     def validation(self) -> dict[str, object]:
@@ -248,15 +251,16 @@ class Run:
             *self.eval_sets("retention", parse_named_sources("validation_retention", given.validation_retention)),
         ]
         watched = self.task.suite([held_out, *others], self.suite.batch_size)
-        return {"eval_dataset": held_out.images, "callbacks": [RetentionCallback(watched)]}
+        # The results file in the folder of a method says that the method is finished.
+        return {"eval_dataset": held_out.images, "callbacks": [RetentionCallback(watched, file=None)]}
 
     def run(self) -> list[dict]:
         """Train and measure every method; returns all rows."""
         if self.arguments.keep_finished:
             for method in ("base", *self.arguments.methods):
-                file = self.output / method / "results.jsonl"
+                file = self.output / method / RESULTS_FILE
                 if file.is_file():
-                    self.finished[method] = read_results(file)
+                    self.finished[method] = [row for row in read_results(file) if row["method"] == method]
                     self.check_same(file, self.finished[method])
         for method in self.arguments.methods:
             if method not in self.finished:
@@ -282,6 +286,8 @@ class Run:
         """Train and measure one method, and the base with it where that was not measured yet."""
         training = replace(self.training, output_dir=str(self.output / method))  # sets the engine up anew
         name, budget = parse_method(method)
+        if self.writes:  # of an earlier run, not of what is trained now
+            (self.output / method / RESULTS_FILE).unlink(missing_ok=True)
         if budget is not None:
             training.gate_target_active = budget
         if name == "linear_probe":
@@ -296,10 +302,10 @@ class Run:
         trainer.accelerator.wait_for_everyone()
         folder, model = self.output / method, self.task.base()
         model = type(model).from_pretrained(folder) if name == "full" else PeftModel.from_pretrained(model, folder)
-        if self.writes and hasattr(trainer, "gates"):
-            gate_map(trainer.gates.summary(), folder / "gate_map.png")
-        spent = costs(trainer, timer, folder, self.arguments.train) if self.writes else []
+        spent = costs(trainer, timer, folder, self.data) if self.writes else []
         self.measured(method, model.to(training.device), self.suite, spent)
+        if self.writes and (folder / ADAPTER_FILE).is_file():
+            write_card(folder)
 
     def measured(self, method: str, model: nn.Module, suite: Suite | None = None, more: list[dict] = ()) -> list[dict]:
         """Measure a model, and the base beside it where that was not done yet; returns the rows of both.
@@ -324,14 +330,17 @@ class Run:
         return [*self.finished["base"], *self.finished[method]]
 
     def record(self, method: str, rows: list[dict]) -> None:
-        results = Results(self.output / method / "results.jsonl" if self.writes else None, **self.common)
+        results = Results(None, **self.common)
         results.extend([{"method": method, **row} for row in rows])
         self.finished[method] = results.rows
+        if self.writes:  # with the base's rows, so that a method's folder can be read and published by itself
+            base = [] if method == "base" else self.finished["base"]
+            write_results([*base, *results.rows], self.output / method / RESULTS_FILE)
 
     def finish(self, rows: list[dict]) -> list[dict]:
         """Write and show rows: results.jsonl, the frontier where there is one, the table; returns them."""
         if self.writes:
-            write_results(rows, self.output / "results.jsonl")
+            write_results(rows, self.output / RESULTS_FILE)
             if any("wise" in row for row in rows):
                 frontier(rows, self.output / "frontier.png")
             print(f"\n{table(rows)}\n")

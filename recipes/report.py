@@ -4,6 +4,7 @@ import statistics
 from dataclasses import dataclass
 
 from hf_gatelora.evaluation.suite import primary
+from hf_gatelora.hub.card import markdown
 
 # In the results file, and left out of a run's table to keep it readable; ECE has columns of its own.
 NOT_SHOWN = ("ece", *(f"{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in (5, 10)))
@@ -108,13 +109,6 @@ def _spread(seeds: dict[int, list[dict]], role: str) -> str:
     if not values:
         return "-"
     return f"{statistics.fmean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """Lines of cells as a Markdown table that is also readable as text; the first line is the head."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = ["| " + " | ".join(entry.ljust(width) for entry, width in zip(line, widths)) + " |" for line in lines]
-    return "\n".join([text[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *text[1:]])
 
 
 def _cost(row: dict) -> str:

@@ -3,9 +3,11 @@
 import json
 import os
 import platform
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+RESULTS_FILE = "results.jsonl"
 PACKAGES = ("hf_gatelora", "torch", "transformers", "peft", "accelerate", "datasets")
 
 
@@ -66,3 +68,14 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:  # not installed as a package, for instance run from a source tree
             continue
     return found
+
+
+def not_default(training) -> dict:
+    """The training arguments (`TrainingArguments`) that differ from their defaults, without tokens."""
+    # Not from an instance with the defaults: making one would set the processes up anew, without use_cpu.
+    defaults = {f.name: f.default for f in fields(training)}
+    return {
+        name: value
+        for name, value in training.to_dict().items()
+        if (value or defaults[name]) and str(value) != str(defaults[name]) and not name.endswith("_token")
+    }

@@ -32,6 +32,8 @@ class EvalSet:
         class_names: what the labels index.
         captions: one text per image, for retrieval.
         bank: labelled images whose neighbours vote on these ones (k-NN); the labels mean the same classes.
+        dataset: id of the data set on the Hub, where it is from there: the model card names it in its metadata.
+        revision: commit of that data set, where it is known.
     """
 
     role: str
@@ -42,6 +44,8 @@ class EvalSet:
     class_names: list[str] | None = None
     captions: list[str] | None = None
     bank: "EvalSet | None" = None
+    dataset: str | None = None
+    revision: str | None = None
 
     def __post_init__(self):
         if self.role not in ROLES:
@@ -89,11 +93,13 @@ class Suite(ABC):
         """Measure a model on every set. Collective; shows progress, under `title`.
 
         Returns:
-            One row per metric, with role, data, split, metric, value and n.
+            One row per metric, with role, data, split, metric, value and n; data sets of the Hub also with dataset and
+            revision.
         """
         rows = []
         for data in self.sets:
             row = {"role": data.role, "data": data.name, "split": data.split, "n": len(data)}
+            row |= {key: value for key in ("dataset", "revision") if (value := getattr(data, key)) is not None}
             found = self.metrics(model, data, f"{title}: {data.name}" if title else data.name)
             if not found:
                 raise ValueError(

@@ -1,0 +1,282 @@
+"""Pushing to a Hub on this machine, through the real client: what arrives, what strangers get, what a failure says."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_trainer
+from hub_server import TOKEN, USER, Failure, Hub
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.utils import _http
+from models import FAMILIES, outputs_of
+from transformers import TrainerCallback
+
+from hf_gatelora.hub.push import PushError, push_adapter
+
+CLIP, DINO = FAMILIES["clip"], FAMILIES["dinov2"]
+REPO = f"{USER}/sketches"
+TESTS = Path(__file__).parent
+
+# The client's own way to upload a file.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def server():
+    hub = Hub()
+    hub.server.start()
+    yield hub
+    hub.server.stop()
+
+
+@pytest.fixture
+def hub(server, monkeypatch, tmp_path):
+    """The Hub, empty, for the client in this process: what it reads from the environment as it is imported."""
+    server.reset()
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    url = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    waits = []
+    monkeypatch.setattr(_http.time, "sleep", waits.append)  # the client waits between its own tries
+    server.waits = waits
+    return server
+
+
+@pytest.fixture(scope="module", params=["clip", "dinov2"])
+def trained(request, tmp_path_factory):
+    """(family, folder of a trained adapter, the gated model's outputs)."""
+    family = FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp("trained") / "adapter"
+    trainer = make_trainer(family, folder)
+    trainer.train()
+    trainer.save_model()
+    return family, folder, outputs_of(family, trainer.model)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """Folder of one trained adapter."""
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    trainer = make_trainer(DINO, folder, max_steps=4)
+    trainer.train()
+    trainer.save_model()
+    return folder
+
+
+def as_stranger(hub, family, tmp_path, *revision) -> torch.Tensor:
+    """Outputs of the adapter on the Hub, in a process that cannot import hf_gatelora."""
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HOME": str(tmp_path / "stranger"), "HF_TOKEN": TOKEN}
+    output = tmp_path / "outputs.pt"
+    command = [sys.executable, TESTS / "stranger.py", family["name"], REPO, output, *revision]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.load(output)
+
+
+def assert_no_token(*folders: Path) -> None:
+    for folder in folders:
+        for file in folder.rglob("*"):
+            assert not file.is_file() or TOKEN.encode() not in file.read_bytes(), file
+
+
+def test_a_stranger_gets_the_gated_model(hub, trained, tmp_path):
+    family, folder, expected = trained
+    url = push_adapter(folder, REPO)
+    assert url == f"{hub.url}/{REPO}"
+    assert hub.commits(REPO) == ["Upload adapter"]
+    torch.testing.assert_close(as_stranger(hub, family, tmp_path), expected, rtol=0, atol=1e-5)
+    files = hub.files(REPO)
+    described = {"README.md", "gate_map.png", "gates.json", "gatelora_state.safetensors"}
+    assert set(files) == {"adapter_config.json", "adapter_model.safetensors", *described}
+    assert f'"{REPO}"' in files["README.md"].decode()
+    assert not any(TOKEN.encode() in content for content in files.values())
+
+
+def test_pushing_again_changes_nothing(hub, adapter):
+    push_adapter(adapter, REPO)
+    before = hub.files(REPO)
+    push_adapter(adapter, REPO)
+    assert len(hub.commits(REPO)) == 1
+    assert hub.files(REPO) == before
+    assert sum(route == "upload" for route, _ in hub.requests) == 3  # weights, state and gate map, once each
+
+
+def test_private_repository_branch_and_pull_request(hub, adapter):
+    push_adapter(adapter, "sketches", private=True, revision="v1")
+    assert hub.repos[REPO]["private"]
+    assert hub.commits(REPO) == []
+    card = hub.files(REPO, "v1")["README.md"].decode()
+    assert f'"{REPO}"' in card
+    assert 'revision="v1"' in card
+    url = push_adapter(adapter, REPO, create_pr=True)
+    assert url.endswith(f"{REPO}/discussions/1")
+    assert hub.commits(REPO) == []
+
+
+def test_a_card_that_was_edited_on_the_hub_stays(hub, adapter, caplog):
+    push_adapter(adapter, REPO)
+    edited = hub.files(REPO)["README.md"] + b"\nMy own words.\n"
+    hub.repos[REPO]["branches"]["main"][-1]["files"]["README.md"] = edited
+    (adapter / "extra.json").write_text("{}")
+    push_adapter(adapter, REPO)
+    (adapter / "extra.json").unlink()
+    assert hub.files(REPO)["README.md"] == edited
+    assert "extra.json" in hub.files(REPO)
+    assert "was edited on the Hub" in caplog.text
+
+
+FAILURES = {
+    "no token": (Failure("create", 401), r"valid token \(401\)", 0),
+    "no right": (Failure("create", 403), r"may not write there \(403\)", 0),
+    "no right to commit": (Failure("commit", 403), r"may not write there \(403\)", 0),
+    "conflict": (Failure("commit", 409), r"changing the repository \(409\)", 0),
+    "too many": (Failure("commit", 429, {"Retry-After": "7"}), r"\(429\). Try again in 7 s", 5),
+    "server": (Failure("preupload", 500), r"problem of its own \(500\)", 5),
+    "server at the upload": (Failure("upload", 500), r"problem of its own \(500\)", 5),
+    "cut at the upload": (Failure("upload", None), "connection failed", 5),
+    "cut at the commit": (Failure("commit", None), "connection failed", 5),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failure_gives_one_message_and_can_be_repeated(hub, adapter, case, caplog):
+    failure, message, waits = FAILURES[case]
+    hub.failure = Failure(failure.route, failure.status, failure.headers)
+    with pytest.raises(PushError, match=message) as found:
+        push_adapter(adapter, REPO)
+    assert f"gatelora push {adapter} --repo {REPO}" in str(found.value)
+    assert TOKEN not in str(found.value) + caplog.text
+    assert (len(hub.waits) >= 5) == bool(waits)
+    assert REPO not in hub.repos or hub.commits(REPO) == []
+    hub.failure = None
+    push_adapter(adapter, REPO)
+    assert {"README.md", "adapter_model.safetensors", "gates.json"} <= set(hub.files(REPO))
+    assert len(hub.commits(REPO)) == 1
+
+
+def test_a_moment_of_trouble_is_bridged_by_the_client(hub, adapter):
+    hub.failure = Failure("upload", None, times=1)
+    push_adapter(adapter, REPO)
+    assert len(hub.commits(REPO)) == 1
+
+
+def test_offline_everything_is_written_locally(adapter, tmp_path):
+    (adapter / "README.md").unlink()
+    with pytest.raises(PushError, match=r"offline mode is on \(HF_HUB_OFFLINE\)"):
+        push_adapter(adapter, REPO)
+    assert REPO in (adapter / "README.md").read_text()
+    with pytest.raises(ValueError, match="no readable adapter"):
+        push_adapter(tmp_path, REPO)
+
+
+# ---- Trainer ----------------------------------------------------------------------------------------------------
+
+PUSHED = {"push_to_hub": True, "hub_model_id": REPO, "hub_token": TOKEN}
+
+
+class Slow(TrainerCallback):
+    """Waits for each push before the next step, so that none is left out."""
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer._finish_current_push()
+
+
+def pushing_trainer(folder, **arguments):
+    slow = Slow()
+    slow.trainer = make_trainer(CLIP, folder, max_steps=8, callbacks=[slow], **{**PUSHED, **arguments})
+    return slow.trainer
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_hub_strategies(hub, tmp_path, strategy, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")  # the arguments' own is enough
+    trainer = pushing_trainer(tmp_path / "out", hub_strategy=strategy, save_strategy="steps", save_steps=4)
+    trainer.train()
+    progress = [f"Training in progress, step {step}" for step in (4, 8)]
+    assert hub.commits(REPO) == ([] if strategy == "end" else progress)
+    trainer.push_to_hub()
+    assert hub.commits(REPO)[-1] == "End of training"
+    files = hub.files(REPO)
+    own = {"adapter_config.json", "adapter_model.safetensors", "gates.json", "gatelora_state.safetensors"}
+    assert {file for file in files if "/" not in file} == {*own, "README.md", "gate_map.png"}
+    folders = {file.split("/")[0] for file in files if "/" in file}
+    kept = {"checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-4", "checkpoint-8"}}
+    assert folders == kept.get(strategy, set())
+    assert not [file for file in files if file.endswith("training_args.bin")]
+    if folders:
+        assert f"{max(folders)}/optimizer.pt" in files
+    if strategy == "every_save":  # what was pushed on the way was complete as well, and said what it is
+        first = hub.repos[REPO]["branches"]["main"][0]["files"]
+        assert {*own, "README.md", "gate_map.png"} <= set(first)
+        assert "step 4 of 8" in re.sub(r"\s+", " ", first["README.md"].decode())
+    assert_no_token(tmp_path)
+    assert not [content for content in files.values() if TOKEN.encode() in content]
+    assert not list((tmp_path / "out").glob(".tmp*"))
+
+
+def test_trainer_pushes_to_a_private_branch(hub, tmp_path):
+    trainer = pushing_trainer(tmp_path, hub_private_repo=True, hub_revision="v2")
+    trainer.train()
+    trainer.push_to_hub(license="mit", tags="sketch", finetuned_from="openai/clip", dataset_tags="ada/sketches")
+    assert hub.repos[REPO]["private"]
+    torch.testing.assert_close(
+        as_stranger(hub, CLIP, tmp_path, "v2"), outputs_of(CLIP, trainer.model), rtol=0, atol=1e-5
+    )
+    data = ModelCard(hub.files(REPO, "v2")["README.md"].decode()).data
+    assert (data.license, data.base_model, data.datasets) == ("mit", "openai/clip", ["ada/sketches"])
+    assert "sketch" in data.tags
+
+
+def test_failing_pushes_do_not_end_a_training(hub, tmp_path, caplog):
+    trainer = pushing_trainer(tmp_path, hub_strategy="every_save", save_strategy="steps", save_steps=4)
+    hub.failure = Failure("commit", 409)
+    trainer.train()
+    told = [record.message for record in caplog.records if "Could not push" in record.message]
+    assert len(told) == 2
+    for step, message in zip((4, 8), told, strict=True):
+        assert f"gatelora push {tmp_path / f'checkpoint-{step}'} --repo {REPO}" in message
+    trainer.save_model()
+    assert "gatelora push" in caplog.records[-1].message
+    with pytest.raises(PushError, match="409"):
+        trainer.push_to_hub()
+    hub.failure = None
+    push_adapter(tmp_path / "checkpoint-4", REPO)
+    trainer.push_to_hub(blocking=False).result()
+    assert len(hub.commits(REPO)) == 2
+    assert TOKEN not in caplog.text
+
+
+def test_the_start_of_a_training_says_what_is_wrong(hub, tmp_path, caplog):
+    hub.failure = Failure("create", 403)
+    with pytest.raises(PushError, match=r"\(403\).*Nothing was trained"):
+        pushing_trainer(tmp_path)
+    hub.failure = Failure("create", 500)
+    trainer = pushing_trainer(tmp_path)  # one that is out of reach now need not be so later
+    assert "The training goes on" in caplog.text
+    hub.failure = None
+    trainer.train()
+    trainer.push_to_hub()
+    assert hub.commits(REPO) == ["End of training"]
+
+
+def test_push_of_the_model(hub, tmp_path):
+    trainer = make_trainer(CLIP, tmp_path / "out", max_steps=8)
+    trainer.train()
+    hub.failure = Failure("commit", 403)
+    with pytest.raises(PushError, match="save_pretrained") as found:
+        trainer.model.push_to_hub(REPO, token=TOKEN)
+    assert "Everything is in" not in str(found.value)
+    hub.failure = None
+    assert trainer.model.push_to_hub(REPO, commit_message="By hand", private=True) == f"{hub.url}/{REPO}"
+    assert hub.commits(REPO) == ["By hand"]
+    assert "[More Information Needed]" not in hub.files(REPO)["README.md"].decode()
+    torch.testing.assert_close(as_stranger(hub, CLIP, tmp_path), outputs_of(CLIP, trainer.model), rtol=0, atol=1e-5)
