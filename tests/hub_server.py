@@ -149,7 +149,7 @@ class Hub:
                         "path": file["path"],
                         "uploadMode": "lfs" if file["path"].endswith(LFS) else "regular",
                         "shouldIgnore": False,
-                        "oid": git_oid(there[file["path"]]) if file["path"] in there else None,
+                        "oid": oid_of(file["path"], there[file["path"]]) if file["path"] in there else None,
                     }
                     for file in request.get_json()["files"]
                 ]
@@ -195,7 +195,7 @@ class Hub:
             number = sum(name.startswith("refs/pr/") for name in branches) + 1
             revision = f"refs/pr/{number}"
         history = branches.setdefault(revision, list(branches["main"]))
-        oid = hashlib.sha1(f"{repo}{revision}{len(history)}".encode()).hexdigest()
+        oid = hashlib.sha1(f"{repo}{revision}{len(history)}{sorted(files.items())}".encode()).hexdigest()
         history.append({"oid": oid, "message": message, "files": files})
         url = {"commitUrl": f"{self.url}/{repo}/commit/{oid}", "commitOid": oid}
         return answer({**url, "pullRequestUrl": f"{self.url}/{repo}/discussions/{number}" if number else None})
@@ -214,7 +214,7 @@ class Hub:
 
     def tree(self, request: Request, repo: str, revision: str) -> Response:
         files = self.files(repo, revision).items()
-        return answer([{"type": "file", "path": p, "size": len(c), "oid": git_oid(c)} for p, c in files])
+        return answer([{"type": "file", "path": p, "size": len(c), "oid": oid_of(p, c)} for p, c in files])
 
     def resolve(self, request: Request, repo: str, revision: str, path: str) -> Response:
         branches = self.repos[repo]["branches"]
@@ -235,5 +235,8 @@ def refuse(status: int, code: str | None, message: str) -> Response:
     return Response(json.dumps({"error": message}), status, headers, mimetype="application/json")
 
 
-def git_oid(content: bytes) -> str:
+def oid_of(path: str, content: bytes) -> str:
+    """What names a file's content: git's hash, or for large files that of LFS."""
+    if path.endswith(LFS):
+        return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

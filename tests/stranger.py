@@ -1,16 +1,22 @@
-"""A process of somebody who has transformers and peft alone: prints the outputs of an adapter on the Hub.
+"""A process of somebody who has transformers and peft alone: writes the outputs of adapters on the Hub.
 
-python stranger.py FAMILY REPO OUTPUT [REVISION]
+Reads lines `family<TAB>repository<TAB>revision<TAB>file`.
 """
 
 import sys
 
 sys.modules["hf_gatelora"] = None  # importing it raises ImportError
+stdout, sys.stdout = sys.stdout, sys.stderr  # nothing but answers on stdout
 
 import torch
 from models import FAMILIES, outputs_of
 from peft import PeftModel
 
-name, repo, output, *revision = sys.argv[1:]
-model = PeftModel.from_pretrained(FAMILIES[name]["model"](), repo, **({"revision": revision[0]} if revision else {}))
-torch.save(outputs_of(FAMILIES[name], model), output)
+for line in sys.stdin:
+    name, repo, revision, file = line.rstrip("\n").split("\t")
+    try:
+        model = PeftModel.from_pretrained(FAMILIES[name]["model"](), repo, revision=revision)
+        torch.save(outputs_of(FAMILIES[name], model), file)
+        print("ok", file=stdout, flush=True)
+    except Exception as error:
+        print("error", repr(error).replace("\n", " "), file=stdout, flush=True)

@@ -19,7 +19,6 @@ from hf_gatelora.hub.push import PushError, push_adapter
 
 CLIP, DINO = FAMILIES["clip"], FAMILIES["dinov2"]
 REPO = f"{USER}/sketches"
-TESTS = Path(__file__).parent
 
 # The client's own way to upload a file.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -44,9 +43,7 @@ def hub(server, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    waits = []
-    monkeypatch.setattr(_http.time, "sleep", waits.append)  # the client waits between its own tries
-    server.waits = waits
+    monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # between the client's own tries
     return server
 
 
@@ -71,15 +68,24 @@ def adapter(tmp_path_factory):
     return folder
 
 
-def as_stranger(hub, family, tmp_path, *revision) -> torch.Tensor:
-    """Outputs of the adapter on the Hub, in a process that cannot import hf_gatelora."""
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HOME": str(tmp_path / "stranger"), "HF_TOKEN": TOKEN}
-    output = tmp_path / "outputs.pt"
-    command = [sys.executable, TESTS / "stranger.py", family["name"], REPO, output, *revision]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return torch.load(output)
+@pytest.fixture(scope="module")
+def stranger(server, tmp_path_factory):
+    """`stranger(family, revision)`: outputs of REPO's adapter, in a process that cannot import hf_gatelora."""
+    folder = tmp_path_factory.mktemp("stranger")
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HOME": str(folder), "HF_TOKEN": TOKEN}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    process = subprocess.Popen([sys.executable, Path(__file__).with_name("stranger.py")], env=environment, **pipes)
+
+    def outputs(family: dict, revision: str = "main") -> torch.Tensor:
+        process.stdin.write("\t".join([family["name"], REPO, revision, f"{folder}/outputs.pt"]) + "\n")
+        process.stdin.flush()
+        assert (answer := process.stdout.readline()) == "ok\n", answer
+        return torch.load(folder / "outputs.pt")
+
+    with process:
+        yield outputs
+        process.stdin.close()
 
 
 def assert_no_token(*folders: Path) -> None:
@@ -88,12 +94,12 @@ def assert_no_token(*folders: Path) -> None:
             assert not file.is_file() or TOKEN.encode() not in file.read_bytes(), file
 
 
-def test_a_stranger_gets_the_gated_model(hub, trained, tmp_path):
+def test_a_stranger_gets_the_gated_model(hub, stranger, trained):
     family, folder, expected = trained
     url = push_adapter(folder, REPO)
     assert url == f"{hub.url}/{REPO}"
     assert hub.commits(REPO) == ["Upload adapter"]
-    torch.testing.assert_close(as_stranger(hub, family, tmp_path), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(stranger(family), expected, rtol=0, atol=1e-5)
     files = hub.files(REPO)
     described = {"README.md", "gate_map.png", "gates.json", "gatelora_state.safetensors"}
     assert set(files) == {"adapter_config.json", "adapter_model.safetensors", *described}
@@ -134,28 +140,29 @@ def test_a_card_that_was_edited_on_the_hub_stays(hub, adapter, caplog):
     assert "was edited on the Hub" in caplog.text
 
 
+# What fails, and what the message says.
 FAILURES = {
-    "no token": (Failure("create", 401), r"valid token \(401\)", 0),
-    "no right": (Failure("create", 403), r"may not write there \(403\)", 0),
-    "no right to commit": (Failure("commit", 403), r"may not write there \(403\)", 0),
-    "conflict": (Failure("commit", 409), r"changing the repository \(409\)", 0),
-    "too many": (Failure("commit", 429, {"Retry-After": "7"}), r"\(429\). Try again in 7 s", 5),
-    "server": (Failure("preupload", 500), r"problem of its own \(500\)", 5),
-    "server at the upload": (Failure("upload", 500), r"problem of its own \(500\)", 5),
-    "cut at the upload": (Failure("upload", None), "connection failed", 5),
-    "cut at the commit": (Failure("commit", None), "connection failed", 5),
+    "no token": (Failure("create", 401), r"valid token \(401\)"),
+    "no right": (Failure("create", 403), r"may not write there \(403\)"),
+    "no right to commit": (Failure("commit", 403), r"may not write there \(403\)"),
+    "conflict": (Failure("commit", 409), r"changing the repository \(409\)"),
+    "too many": (Failure("commit", 429, {"Retry-After": "7"}), r"\(429\). Try again in 7 s"),
+    "too many at the upload": (Failure("upload", 429, {"Retry-After": "7"}), r"\(429\). Try again in 7 s"),
+    "server": (Failure("preupload", 500), r"problem of its own \(500\)"),
+    "server at the upload": (Failure("upload", 500), r"problem of its own \(500\)"),
+    "cut at the upload": (Failure("upload", None), "connection failed"),
+    "cut at the commit": (Failure("commit", None), "connection failed"),
 }
 
 
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_failure_gives_one_message_and_can_be_repeated(hub, adapter, case, caplog):
-    failure, message, waits = FAILURES[case]
+    failure, message = FAILURES[case]
     hub.failure = Failure(failure.route, failure.status, failure.headers)
     with pytest.raises(PushError, match=message) as found:
         push_adapter(adapter, REPO)
     assert f"gatelora push {adapter} --repo {REPO}" in str(found.value)
     assert TOKEN not in str(found.value) + caplog.text
-    assert (len(hub.waits) >= 5) == bool(waits)
     assert REPO not in hub.repos or hub.commits(REPO) == []
     hub.failure = None
     push_adapter(adapter, REPO)
@@ -199,7 +206,8 @@ def pushing_trainer(folder, **arguments):
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
 def test_hub_strategies(hub, tmp_path, strategy, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")  # the arguments' own is enough
-    trainer = pushing_trainer(tmp_path / "out", hub_strategy=strategy, save_strategy="steps", save_steps=4)
+    saving = {"hub_strategy": strategy, "save_strategy": "steps", "save_steps": 4, "gate_freeze_ratio": 0.75}
+    trainer = pushing_trainer(tmp_path / "out", **saving)
     trainer.train()
     progress = [f"Training in progress, step {step}" for step in (4, 8)]
     assert hub.commits(REPO) == ([] if strategy == "end" else progress)
@@ -223,14 +231,12 @@ def test_hub_strategies(hub, tmp_path, strategy, monkeypatch):
     assert not list((tmp_path / "out").glob(".tmp*"))
 
 
-def test_trainer_pushes_to_a_private_branch(hub, tmp_path):
+def test_trainer_pushes_to_a_private_branch(hub, stranger, tmp_path):
     trainer = pushing_trainer(tmp_path, hub_private_repo=True, hub_revision="v2")
     trainer.train()
     trainer.push_to_hub(license="mit", tags="sketch", finetuned_from="openai/clip", dataset_tags="ada/sketches")
     assert hub.repos[REPO]["private"]
-    torch.testing.assert_close(
-        as_stranger(hub, CLIP, tmp_path, "v2"), outputs_of(CLIP, trainer.model), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(stranger(CLIP, "v2"), outputs_of(CLIP, trainer.model), rtol=0, atol=1e-5)
     data = ModelCard(hub.files(REPO, "v2")["README.md"].decode()).data
     assert (data.license, data.base_model, data.datasets) == ("mit", "openai/clip", ["ada/sketches"])
     assert "sketch" in data.tags
@@ -268,7 +274,7 @@ def test_the_start_of_a_training_says_what_is_wrong(hub, tmp_path, caplog):
     assert hub.commits(REPO) == ["End of training"]
 
 
-def test_push_of_the_model(hub, tmp_path):
+def test_push_of_the_model(hub, stranger, tmp_path):
     trainer = make_trainer(CLIP, tmp_path / "out", max_steps=8)
     trainer.train()
     hub.failure = Failure("commit", 403)
@@ -279,4 +285,4 @@ def test_push_of_the_model(hub, tmp_path):
     assert trainer.model.push_to_hub(REPO, commit_message="By hand", private=True) == f"{hub.url}/{REPO}"
     assert hub.commits(REPO) == ["By hand"]
     assert "[More Information Needed]" not in hub.files(REPO)["README.md"].decode()
-    torch.testing.assert_close(as_stranger(hub, CLIP, tmp_path), outputs_of(CLIP, trainer.model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(stranger(CLIP), outputs_of(CLIP, trainer.model), rtol=0, atol=1e-5)

@@ -317,7 +317,7 @@ class AdapterCard:
             datasets=self.datasets,
             language=self.language,
             license=self.license,
-            model_name=self.name,
+            model_name=self.name if results else None,
             eval_results=results or None,
         )
 
