@@ -48,7 +48,8 @@ def write_adapter(
         results: contents of `results.jsonl`; None leaves one that lies there.
         kwargs: for `PeftModel.save_pretrained`.
     """
-    from .hub.card import CARD, GATE_MAP, refresh_card
+    from .hub.card import refresh_card
+    from .hub.content import CARD, GATE_MAP
 
     weights = dict(model.state_dict() if state_dict is None else state_dict)
     state = dict(state)
@@ -196,7 +197,8 @@ def scale_adapter(
                 )
             weights[key] = torch.lerp(heads[name].to(value), value, scale)
 
-    from .hub.card import FRONTIER, GATE_MAP, refresh_card
+    from .hub.card import refresh_card
+    from .hub.content import FRONTIER, GATE_MAP
 
     def write(folder: Path) -> None:
         save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

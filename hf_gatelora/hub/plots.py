@@ -83,7 +83,7 @@ def frontier(rows: list[dict], path: str | os.PathLike) -> None:
         values = [value for value in (primary(rows, role) for rows in seeds.values()) if value is not None]
         return 100 * sum(values) / len(values) if values else float("nan")
 
-    figure = Figure(figsize=(11, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     for axis, (role, name) in zip(figure.subplots(1, 2), (("id", "ID"), ("ood", "OOD")), strict=True):
         for method, scales in found.items():

@@ -10,7 +10,8 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError
 
 from .. import __version__
 from ..evaluation.results import RESULTS_FILE
-from .card import CARD, EVAL_RESULTS, FRONTIER, GATE_MAP, is_generated, write_card
+from .card import is_generated, write_card
+from .content import CARD, EVAL_RESULTS, FRONTIER, GATE_MAP
 
 logger = logging.getLogger(__name__)
 

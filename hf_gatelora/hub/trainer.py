@@ -16,7 +16,8 @@ from transformers.utils import PushInProgress
 
 from ..engines import EngineTrainer
 from ..export import adapter_folder
-from .card import CARD, is_generated, write_card
+from .card import is_generated, write_card
+from .content import CARD
 from .push import PushError, adapter_files, reason, upload
 
 logger = logging.getLogger(__name__)

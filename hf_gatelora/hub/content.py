@@ -1,0 +1,430 @@
+"""What the card of an adapter says, read from the files of its folder: no number comes from anywhere else."""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import safe_open
+
+from ..config import GateConfig
+from ..evaluation.results import RESULTS_FILE, read_results
+from ..evaluation.suite import PRIMARY, ROLES, primary
+from ..export import SUMMARY_FILE
+
+CARD, GATE_MAP, FRONTIER = "README.md", "gate_map.png", "frontier.png"
+EVAL_RESULTS = ".eval_results/hf_gatelora.yaml"
+TEMPLATE = Path(__file__).with_name("card_template.md")
+TRAINED = "cost", "train"  # role and data of the rows that name what an adapter was trained on
+TITLES = {"id": "ID", "ood": "OOD", "retention": "retention"}
+# Metric of a results row: its identifier on the Hub, and its name in the table.
+METRICS = {"top1": ("accuracy", "accuracy"), "knn_top1": ("accuracy", "k-NN accuracy"), "ece": ("ece", "ECE")}
+# Arguments that the card's other parts show, or that say where and how a run was started, not what was trained.
+NOT_SHOWN = {
+    *("model", "train", "test", "validation", "ood", "retention", "validation_ood", "validation_retention", "bank"),
+    *("lora_r", "label_column", "caption_column", "label_names", "full_learning_rate", "methods", "wise"),
+    *("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint", "keep_finished"),
+    *("accelerator_config", "push_to_hub", "remove_unused_columns", "dataloader_pin_memory", "use_cpu"),
+}
+
+
+@dataclass
+class AdapterCard:
+    """What the card of an adapter says.
+
+    Args:
+        name: title of the card, and of the model in `model-index`.
+        config: contents of `adapter_config.json`.
+        tensors: number of values by name of the weights in the adapter's file, and `file_bytes` of that file.
+        summary: contents of `gates.json`; empty for an adapter without gates.
+        rows: of `results.jsonl`; may be empty.
+        pictures: which of `gate_map.png` and `frontier.png` lie in the folder.
+        has_processor: whether the adapter's folder also holds the preprocessing.
+        base: Hub id of the base model; None where it is a local one.
+        repo_id, revision: where the adapter is on the Hub; None: not known.
+        license, language, datasets, tags: metadata; what is None is left out.
+    """
+
+    name: str
+    config: dict
+    tensors: dict[str, int]
+    file_bytes: int
+    summary: dict = field(default_factory=dict)
+    rows: list[dict] = field(default_factory=list)
+    pictures: set[str] = field(default_factory=set)
+    has_processor: bool = False
+    base: str | None = None
+    repo_id: str | None = None
+    revision: str | None = None
+    license: str | None = None
+    language: str | list[str] | None = None
+    datasets: list[str] | None = None
+    tags: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, directory: str | os.PathLike, **given) -> "AdapterCard":
+        """The card of a folder; `given` fields that are not None come before what the files say.
+
+        Raises:
+            ValueError: where the folder holds no adapter, or a file in it cannot be read.
+        """
+        directory = Path(directory)
+        try:
+            config = json.loads((directory / CONFIG_NAME).read_text())
+            with safe_open(directory / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+                tensors = {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{directory} holds no readable adapter ({error}). Save one there first.") from error
+        try:
+            summary = json.loads(file.read_text()) if (file := directory / SUMMARY_FILE).is_file() else {}
+            rows = read_results(file) if (file := directory / RESULTS_FILE).is_file() else []
+            rows = _rows_of_adapter(rows, directory)
+        except ValueError as error:
+            raise ValueError(f"{file} cannot be read for the model card: {error}") from error
+        trained_on = [row["dataset"] for row in rows if "dataset" in row and (row["role"], row["data"]) == TRAINED]
+        found = {
+            "name": directory.absolute().name,
+            "base": hub_id(config.get("base_model_name_or_path")),
+            "datasets": list(dict.fromkeys(trained_on)) or None,
+        }
+        found |= {key: value for key, value in given.items() if value is not None}
+        if found.get("repo_id"):
+            found["name"] = found["repo_id"].rsplit("/", 1)[-1]
+        return cls(
+            config=config,
+            tensors=tensors,
+            file_bytes=(directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
+            summary=summary,
+            rows=rows,
+            pictures={name for name in (GATE_MAP, FRONTIER) if (directory / name).is_file()},
+            has_processor=any((directory / f"{kind}_config.json").is_file() for kind in ("preprocessor", "processor")),
+            **found,
+        )
+
+    # ---- the model ----------------------------------------------------------------------------------------------
+
+    @property
+    def model_class(self) -> str | None:
+        """Class of the base model, where it is one of transformers."""
+        known = self.summary.get("base_model")
+        if known is None:
+            auto = self.config.get("auto_mapping") or {}
+            known = {"class": auto.get("base_model_class"), "library": auto.get("parent_library") or ""}
+        return known["class"] if known["library"].split(".")[0] == "transformers" else None
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes that a trained classification head tells apart."""
+        return (self.summary.get("base_model") or {}).get("classes")
+
+    @cached_property
+    def pipeline_tag(self) -> str | None:
+        """Task of the model on the Hub, by its class."""
+        from transformers.models.auto import modeling_auto as auto
+
+        tasks = {
+            "zero-shot-image-classification": auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+            "image-classification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+            "text-classification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+            "text-generation": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+            "image-feature-extraction": auto.MODEL_FOR_IMAGE_MAPPING_NAMES,
+            "feature-extraction": auto.MODEL_MAPPING_NAMES,
+        }
+        for task, names in tasks.items():
+            known = {name for value in names.values() for name in ([value] if isinstance(value, str) else value)}
+            if self.model_class in known:
+                return task
+        return None
+
+    @property
+    def head_parameters(self) -> int:
+        """Values of trained modules beside LoRA, such as a classification head."""
+        return sum(count for name, count in self.tensors.items() if "lora_" not in name)
+
+    @property
+    def lora_parameters(self) -> int:
+        """Values of the LoRA blocks in the file."""
+        return sum(self.tensors.values()) - self.head_parameters
+
+    @property
+    def lora_modules(self) -> int:
+        """LoRA blocks in the file."""
+        return sum("lora_A" in name or "lora_embedding_A" in name for name in self.tensors)
+
+    @property
+    def frozen(self) -> bool:
+        return self.summary.get("phase") == "consolidate"
+
+    @property
+    def open_blocks(self) -> list[dict]:
+        return [block for block in self.summary.get("blocks", []) if block["open"]]
+
+    # ---- measurements -------------------------------------------------------------------------------------------
+
+    def measured(self, method: str | None = None, wise: float | None = None) -> list[dict]:
+        """Rows of ID, OOD and retention sets: of the base (`"base"`) or of the adapter, at one scale."""
+        return [
+            row
+            for row in self.rows
+            if row["role"] in ROLES and (row["method"] == "base") == (method == "base") and row.get("wise") == wise
+        ]
+
+    @property
+    def missing(self) -> list[str]:
+        """Titles of the roles that were not measured."""
+        return [title for role, title in TITLES.items() if all(row["role"] != role for row in self.measured())]
+
+    @property
+    def results_table(self) -> str:
+        """ID, OOD and retention with the base beside them, one line per set and metric, without the calibration."""
+        return self._compare(lambda metric: metric != "ece")
+
+    @property
+    def calibration_table(self) -> str | None:
+        """The same for the expected calibration error; None where it was not measured."""
+        known = any(row["metric"] == "ece" for row in self.measured())
+        return self._compare(lambda metric: metric == "ece") if known else None
+
+    def _compare(self, wanted: Callable[[str], bool]) -> str:
+        base = {(row["role"], row["data"], row["metric"]): row["value"] for row in self.measured("base")}
+        lines = [["", "set", "metric", "base", "this adapter", "change", "n"]]
+        for role, title in TITLES.items():
+            rows = [row for row in self.measured() if row["role"] == role and wanted(row["metric"])]
+            sets, metrics = dict.fromkeys(row["data"] for row in rows), dict.fromkeys(row["metric"] for row in rows)
+            for metric in metrics:
+                own = [row for row in rows if row["metric"] == metric]
+                for row in own:
+                    before = base.get((role, row["data"], metric))
+                    lines.append([title, row["data"], metric_name(row), *_compared(row, before), f"{row['n']:,}"])
+                if 1 < len(own) == len(sets):
+                    befores = [base.get((role, row["data"], metric)) for row in own]
+                    mean = {**own[0], "value": fmean(row["value"] for row in own)}
+                    before = None if None in befores else fmean(befores)
+                    lines.append([title, "**mean**", metric_name(mean), *_compared(mean, before), ""])
+            if not rows:
+                lines.append([title, "", "", "not measured", "not measured", "", ""])
+        return markdown(lines, numbers_from=3)
+
+    @property
+    def scales_table(self) -> str | None:
+        """WiSE-FT: ID, OOD and retention over the scales of the adapter; None where no scale was measured."""
+        scales = sorted({row["wise"] for row in self.rows if "wise" in row})
+        if not scales:
+            return None
+        points = [("0 (base)", self.measured("base")), *((f"{s:g}", self.measured(wise=s)) for s in scales)]
+        points.append(("1 (this adapter)", self.measured()))
+        roles = [role for role in ROLES if TITLES[role] not in self.missing]
+        lines = [["scale", *(TITLES[role] for role in roles)]]
+        for name, rows in points:
+            values = [primary(rows, role) for role in roles]
+            lines.append([name, *("not measured" if value is None else f"{100 * value:.1f} %" for value in values)])
+        return markdown(lines, numbers_from=1)
+
+    @property
+    def data_table(self) -> str:
+        """Where the images came from."""
+        lines, seen = [["used for", "set", "source", "revision"]], set()
+        for row in sorted(self.rows, key=lambda row: row["role"] in ROLES):
+            key = row["role"], row["data"]
+            if key in seen or not (row["role"] in ROLES or key == TRAINED):
+                continue
+            seen.add(key)
+            source, revision = without_paths(str(row["split"])) or "not stated", ""
+            if "dataset" in row:
+                source = f"[{source}](https://huggingface.co/datasets/{row['dataset']})"
+                revision = row.get("revision", "not recorded")
+            lines.append([TITLES.get(row["role"], "training"), row["data"], source, revision])
+        if not any(line[3] for line in lines[1:]):
+            lines = [line[:3] for line in lines]
+        return markdown(lines) if len(lines) > 1 else ""
+
+    @property
+    def stale_step(self) -> tuple[int, int] | None:
+        """(step that was measured, step of the adapter's weights), where these differ."""
+        steps = {row["step"] for row in self.measured() if "step" in row}
+        weights = self.summary.get("weights_step", self.summary.get("steps"))
+        return (max(steps), weights) if steps and weights is not None and steps != {weights} else None
+
+    # ---- training -----------------------------------------------------------------------------------------------
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """Arguments of the run that differ from their defaults, without those that only say where it ran."""
+        stated = self.rows[0].get("arguments", {}) if self.rows else {}
+        gates = self.summary.get("config") or {}
+        defaults = {f.name: f.default for f in fields(GateConfig)}
+        changed = {f"gate_{key}".rstrip("_"): value for key, value in gates.items() if value != defaults.get(key)}
+        found = {**(self.summary.get("arguments") or {}), **stated, **changed}
+        found |= {key: self.config[key] for key in ("r", "lora_alpha", "lora_dropout") if key in self.config}
+        return {
+            key: without_paths(value)
+            for key, value in sorted(found.items())
+            if value not in (None, "", [], {}, False)
+            and key not in NOT_SHOWN
+            and not key.startswith("hub_")
+            and not key.endswith("_token")
+        }
+
+    @property
+    def run_model(self) -> str | None:
+        """What the run calls its base model, where that is no folder."""
+        name = self.rows[0].get("model") if self.rows else None
+        return name if name and without_paths(name) == name else None
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return self.rows[0].get("versions", {}) if self.rows else {}
+
+    # ---- what the Hub reads -------------------------------------------------------------------------------------
+
+    @property
+    def metadata(self) -> ModelCardData:
+        """The card's YAML."""
+        tags = ["lora", *(["gated-lora", "hf_gatelora"] if self.summary else []), *self.tags]
+        tags += [f"base_model:adapter:{self.base}"] if self.base else []
+        results = []
+        for row in self.measured():
+            results.append(
+                EvalResult(
+                    task_type=self.pipeline_tag or "image-classification",
+                    dataset_type=row.get("dataset") or re.sub(r"[^\w.-]+", "-", f"{row['role']}-{row['data']}"),
+                    dataset_name=f"{row['data']} ({TITLES[row['role']]})",
+                    dataset_split=_split_of(row),
+                    dataset_revision=row.get("revision"),
+                    metric_type=METRICS.get(row["metric"], (row["metric"],))[0],
+                    metric_name=metric_name(row),
+                    metric_value=row["value"],
+                )
+            )
+        return ModelCardData(
+            library_name="peft",
+            base_model=self.base,
+            base_model_relation="adapter" if self.base else None,
+            pipeline_tag=self.pipeline_tag,
+            tags=tags,
+            datasets=self.datasets,
+            language=self.language,
+            license=self.license,
+            model_name=self.name if results else None,
+            eval_results=results or None,
+        )
+
+    @property
+    def eval_entries(self) -> list[EvalResultEntry]:
+        """The primary metric of each set that names a data set of the Hub, for `.eval_results/`."""
+        entries = []
+        sets = {(row["role"], row["data"]): row for row in self.measured() if "dataset" in row}
+        for role, data in sets:
+            rows = [row for row in self.measured() if (row["role"], row["data"]) == (role, data)]
+            row = next((row for metric in PRIMARY for row in rows if row["metric"] == metric), rows[0])
+            entries.append(
+                EvalResultEntry(
+                    dataset_id=row["dataset"],
+                    task_id=_split_of(row) or "default",
+                    value=row["value"],
+                    dataset_revision=row.get("revision"),
+                    notes=f"{TITLES[role]}, {metric_name(row)}, n = {row['n']}",
+                )
+            )
+        return entries
+
+    def render(self) -> str:
+        """The whole card as Markdown."""
+        card = ModelCard.from_template(self.metadata, template_path=str(TEMPLATE), card=self, **TEMPLATE_NAMES)
+        return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
+
+
+def hub_id(name: str | None) -> str | None:
+    """The name of a base model where it can be one of the Hub; None for a local folder."""
+    if not name or Path(name).exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def metric_name(row: dict) -> str:
+    """Name of a row's metric in a table."""
+    return METRICS.get(row["metric"], (None, row["metric"].replace("_", " ")))[1]
+
+
+def without_paths(value):
+    """A value with folders of this machine taken out: `/home/me/photos.parquet` becomes `photos.parquet (local)`."""
+    if isinstance(value, (list, tuple)):
+        return [without_paths(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: without_paths(entry) for key, entry in value.items()}
+    if not isinstance(value, str):
+        return value
+    name, equals, source = value.rpartition("=")
+    if re.match(r"(/|~|\.{1,2}/|[A-Za-z]:[\\/])", source) or ("/" in source and Path(source).exists()):
+        last = re.split(r"[/\\]", source.rstrip("/"))[-1]
+        return f"{name}{equals}{last} (local)"
+    return value
+
+
+def markdown(lines: list[list[str]], numbers_from: int | None = None) -> str:
+    """Lines of cells as a Markdown table that is also readable as text; the first line is the head.
+
+    Args:
+        numbers_from: the first of the columns that are aligned to the right; None: no column is.
+    """
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    right = [numbers_from is not None and i >= numbers_from for i in range(len(widths))]
+    text = [
+        "| " + " | ".join(e.rjust(w) if r else e.ljust(w) for e, w, r in zip(line, widths, right)) + " |"
+        for line in lines
+    ]
+    rule = "|".join("-" * (width + 1) + (":" if r else "-") for width, r in zip(widths, right))
+    return "\n".join([text[0], f"|{rule}|", *text[1:]])
+
+
+def _value(row: dict, value: float | None, sign: str = "") -> str:
+    if value is None:
+        return "not measured"
+    if row["metric"] in METRICS or "recall@" in row["metric"]:
+        return f"{100 * value:{sign}.1f}" + ("" if sign else " %")
+    return f"{value:{sign}.4g}"
+
+
+def _compared(row: dict, before: float | None) -> list[str]:
+    now = row["value"]
+    change = "" if before is None or now is None else _value(row, now - before, "+")
+    return [_value(row, before), _value(row, now), change]
+
+
+def _split_of(row: dict) -> str | None:
+    """The split of a Hub data set, as in `user/data:test`."""
+    return row["split"].rpartition(":")[2] if "dataset" in row and ":" in row["split"] else None
+
+
+def _rows_of_adapter(rows: list[dict], directory: Path) -> list[dict]:
+    needed = {"method", "role", "data", "split", "metric", "value", "n"}
+    if any(not isinstance(row, dict) or not needed <= set(row) for row in rows):
+        raise ValueError(f"it is no results file of hf_gatelora: its rows lack some of {', '.join(sorted(needed))}.")
+    methods = {row["method"] for row in rows} - {"base"}
+    if len(methods) > 1:
+        if directory.absolute().name not in methods:
+            raise ValueError(f"it holds rows of several methods ({', '.join(sorted(methods))}), not of one adapter.")
+        methods = {directory.absolute().name}
+    return [row for row in rows if row["method"] in methods | {"base"}]
+
+
+def _code(value) -> str:
+    """A value in a table cell."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"`{text}`".replace("|", "\\|")
+
+
+TEMPLATE_NAMES = {"code": _code, "markdown": markdown, "GATE_MAP": GATE_MAP, "FRONTIER": FRONTIER}
