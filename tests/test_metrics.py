@@ -451,7 +451,7 @@ def test_what_is_not_used_is_not_imported():
     script = """
 import sys
 import hf_gatelora
-heavy = {"evaluate", "sklearn", "datasets", "open_clip"}
+heavy = {"evaluate", "sklearn", "datasets", "open_clip", "jinja2", "matplotlib"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 import hf_gatelora.evaluation.knn, hf_gatelora.evaluation.linear_probe, hf_gatelora.evaluation.retrieval
 import hf_gatelora.evaluation.classification, hf_gatelora.evaluation.templates, hf_gatelora.evaluation.zero_shot

@@ -217,7 +217,7 @@ class AdapterCard:
     @property
     def scales_table(self) -> str | None:
         """WiSE-FT: ID, OOD and retention over the scales of the adapter; None where no scale was measured."""
-        scales = sorted({row["wise"] for row in self.rows if "wise" in row})
+        scales = sorted({row["wise"] for row in self.rows if 0 < row.get("wise", 0) < 1})
         if not scales:
             return None
         points = [("0 (base)", self.measured("base")), *((f"{s:g}", self.measured(wise=s)) for s in scales)]
@@ -265,6 +265,8 @@ class AdapterCard:
         changed = {f"gate_{key}".rstrip("_"): value for key, value in gates.items() if value != defaults.get(key)}
         found = {**(self.summary.get("arguments") or {}), **stated, **changed}
         found |= {key: self.config[key] for key in ("r", "lora_alpha", "lora_dropout") if key in self.config}
+        if not self.summary:
+            found = {key: value for key, value in found.items() if not key.startswith("gate_")}
         return {
             key: without_paths(value)
             for key, value in sorted(found.items())

@@ -1,0 +1,282 @@
+"""The model card: its numbers as in the results file, its code as readers run it, its metadata as the Hub reads it."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import yaml
+from conftest import make_trainer
+from huggingface_hub import ModelCard, ModelCardData, parse_eval_result_entries
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from models import FAMILIES, Images, lora_config
+from peft import get_peft_model
+from PIL import Image
+from world import NAMES, TASKS, parse, words
+
+from hf_gatelora import GateConfig, RetentionCallback, attach_gates
+from hf_gatelora.evaluation.results import RESULTS_FILE, read_results, write_results
+from hf_gatelora.evaluation.suite import ClassifierSuite, EvalSet
+from hf_gatelora.export import scale_adapter
+from hf_gatelora.hub.card import is_generated, write_card
+from hf_gatelora.hub.content import without_paths
+
+# isort: split
+import methods
+
+DINO = FAMILIES["dinov2"]
+COMMIT = "a" * 40
+
+
+def card_of(folder) -> ModelCard:
+    return ModelCard.load(folder / "README.md")
+
+
+@pytest.fixture(scope="module")
+def published(world, tmp_path_factory):
+    """Folders of adapters that the recipes wrote, by task: gated ones with a scale between, and a plain LoRA."""
+    found = {}
+    for task in TASKS:
+        output = tmp_path_factory.mktemp("published") / task
+        line = [*words(world, output, task), "--wise", "0.5", "--methods", "lora", "gated"]
+        line += ["--ood", f"saved={world / 'saved'}", f"folder={world / 'data.parquet'}"]
+        line += ["--retention", f"old={world / 'saved'}"]
+        methods.main(TASKS[task][0], *parse(task, line))
+        found[task] = output / "gated"
+    return found
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_card_tells_what_the_results_file_holds(published, world, task):
+    folder = published[task]
+    rows = [row for row in read_results(folder / RESULTS_FILE) if "wise" not in row]
+    own = {(row["role"], row["data"], row["metric"]): row for row in rows if row["method"] == "gated"}
+    base = {(row["role"], row["data"], row["metric"]): row for row in rows if row["method"] == "base"}
+    card = card_of(folder)
+
+    measured = [row for row in own.values() if row["role"] != "cost"]
+    found = card.data.eval_results
+    assert [result.metric_value for result in found] == [row["value"] for row in measured]
+    assert [result.dataset_name.split(" (")[0] for result in found] == [row["data"] for row in measured]
+    name, again = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    assert (name, again) == ("gated", found)
+
+    for key in (("id", "test", "top1"), ("ood", "saved", "top1"), ("retention", "old", "top1")):
+        before, now = base[key]["value"], own[key]["value"]
+        line = rf"\| {key[1]} +\| accuracy +\| +{100 * before:.1f} % \| +{100 * now:.1f} % \| +"
+        assert re.search(line + re.escape(f"{100 * (now - before):+.1f}") + rf" \| +{own[key]['n']} \|", card.text)
+    pair = [own["ood", name, "top1"]["value"] for name in ("saved", "folder")]
+    assert re.search(rf"\*\*mean\*\* \| accuracy +\| +[\d.]+ % \| +{50 * sum(pair):.1f} %", card.text)
+    half = [row for row in read_results(folder / RESULTS_FILE) if row.get("wise") == 0.5 and row["role"] == "id"]
+    assert re.search(rf"\| 0.5 +\| +{100 * half[0]['value']:.1f} %", card.text)
+
+    summary = json.loads((folder / "gates.json").read_text())
+    for block in summary["blocks"]:
+        assert (f"`{block['name']}` ({block['score']:+.3f})" in card.text) == block["open"]
+    assert f"{own['cost', 'train', 'trainable_parameters']['value']:,} |" in card.text
+    assert f"({own['cost', 'train', 'adapter_bytes']['value']:,} bytes)" in card.text
+    assert "gate_learning_rate" not in card.text  # a default
+    assert "| `gate_target_active`" in card.text
+    for picture in ("gate_map.png", "frontier.png"):
+        assert picture in card.text
+        Image.open(folder / picture).verify()
+    text = (folder / "README.md").read_text()
+    assert "[More Information Needed]" not in text
+    assert not [line for line in text.splitlines() if str(world.parent) in line or "/tmp" in line]
+    assert (card.data.library_name, card.data.base_model) == ("peft", None)
+    assert "called" not in text.partition("## Limits")[2]  # the run names the base by a folder
+    assert "was a local one" in text
+    assert "No license is stated" in text
+
+
+def test_the_code_of_the_card_runs(published, world, tmp_path, monkeypatch):
+    Image.fromarray(np.full((16, 16, 3), 90, np.uint8)).save(tmp_path / "image.jpg")
+    monkeypatch.chdir(tmp_path)
+    for task, base in {"clip": "model", "dinov2": "dinov2"}.items():
+        code = "\n".join(re.findall(r"```python\n(.*?)```", card_of(published[task]).text, re.S))
+        code = code.replace("path/to/the/base/model", str(world / base))
+        code = code.replace("path/to/this/folder", str(published[task]))
+        if task == "clip":  # the recipes' test double of a processor saves none
+            assert "AutoProcessor.from_pretrained(BASE)" in code
+            code, _, rest = code.partition("from transformers import AutoProcessor")
+            assert 'hypothesis_template="a {} square"' in rest
+        scope = {}
+        exec(code, scope)
+        assert type(scope["merged"]).__name__ in ("CLIPModel", "Dinov2ForImageClassification")
+        if task == "dinov2":
+            assert sorted(scope["merged"].config.id2label.values()) == sorted(NAMES)
+            assert {row["label"] for row in scope["pipe"]("image.jpg")} <= set(NAMES)
+
+
+def test_a_plain_lora_has_a_card_too(published):
+    card = card_of(published["clip"].parent / "lora")
+    assert "with 18 LoRA blocks" in card.text
+    assert "gate" not in card.text.replace("hf_gatelora", "").lower()
+
+
+# ---- Trainer ----------------------------------------------------------------------------------------------------
+
+
+def suite(**hub) -> ClassifierSuite:
+    images = Images(16)
+    sets = [EvalSet(role, role, images, "ada/shapes:test", images.labels, NAMES, **hub) for role in ("id", "ood")]
+    return ClassifierSuite(sets=sets, batch_size=8)
+
+
+def watched_trainer(folder, callback=None, **arguments):
+    callback = callback or RetentionCallback(suite(dataset="ada/shapes", revision=COMMIT))
+    evaluating = {"eval_strategy": "steps", "eval_steps": 4, "eval_dataset": Images(8), "callbacks": [callback]}
+    return make_trainer(DINO, folder, **evaluating, **arguments)
+
+
+def test_trainer_card_of_what_was_measured_in_training(tmp_path):
+    trainer = watched_trainer(tmp_path, save_strategy="steps", save_steps=5, max_steps=12)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(license="mit", tags=["shapes"], finetuned_from="facebook/dinov2-small")
+    rows = read_results(tmp_path / RESULTS_FILE)
+    assert {(row["method"], row["role"], row.get("step")) for row in rows} == {
+        *(("base", role, None) for role in ("id", "ood")),
+        *(("gated", role, 12) for role in ("id", "ood")),
+    }
+    card = card_of(tmp_path)
+    own = [row for row in rows if row["method"] == "gated"]
+    assert [result.metric_value for result in card.data.eval_results] == [row["value"] for row in own]
+    assert {result.dataset_revision for result in card.data.eval_results} == {COMMIT}
+    assert {result.dataset_split for result in card.data.eval_results} == {"test"}
+    assert "Measured at step" not in card.text
+    assert re.search(r"\| retention \| +\| +\| not measured \| +not measured \|", card.text)
+    assert "- Not measured: retention." in card.text
+    assert "| `learning_rate`" in card.text
+    assert (card.data.license, card.data.base_model) == ("mit", "facebook/dinov2-small")
+    assert card.data.to_dict()["base_model_relation"] == "adapter"
+    assert {"shapes", "base_model:adapter:facebook/dinov2-small"} <= set(card.data.tags)
+
+    entries = parse_eval_result_entries(yaml.safe_load((tmp_path / ".eval_results/hf_gatelora.yaml").read_text()))
+    top1 = [row["value"] for row in own if row["metric"] == "top1"]
+    assert [(e.dataset_id, e.task_id, e.value, e.dataset_revision) for e in entries] == [
+        ("ada/shapes", "test", value, COMMIT) for value in top1
+    ]
+    # Each checkpoint has what was measured last before it.
+    for step, measured in ((5, 4), (10, 8)):
+        folder = tmp_path / f"checkpoint-{step}"
+        assert {row["step"] for row in read_results(folder / RESULTS_FILE) if row["method"] == "gated"} == {measured}
+        text = card_of(folder).text
+        assert f"Measured at step {measured}; the weights here are of step {step}." in text
+        assert ("The gates are not frozen" in text) == (step == 5)
+        assert ("step 5 of 12" in text) == (step == 5)
+
+    # Written again, the card keeps what it was given; saved again, it says what is known then.
+    write_card(tmp_path, repo_id="ada/shapes-lora")
+    assert (card_of(tmp_path).data.license, card_of(tmp_path).data.base_model) == ("mit", "facebook/dinov2-small")
+    assert card_of(tmp_path).data.model_name == "shapes-lora"
+    trainer.save_model()
+    assert card_of(tmp_path).data.license is None
+
+
+def test_the_best_model_has_its_own_results(tmp_path):
+    class Falling(ClassifierSuite):
+        def metrics(self, model, data, title):
+            return {"top1": next(values)}
+
+    values = iter([0.1, 0.1, 0.5, 0.5, 0.9, 0.9, 0.6, 0.6, 0.7, 0.7])  # of id and ood: at step 4, of the base, ...
+    callback = RetentionCallback(Falling(sets=suite().sets))
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_id", "greater_is_better": True}
+    trainer = watched_trainer(tmp_path, callback, save_strategy="steps", save_steps=4, gate_freeze_ratio=0.3, **best)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.state.best_global_step == 8
+    rows = [row for row in read_results(tmp_path / RESULTS_FILE) if row["method"] == "gated"]
+    assert {(row["step"], row["value"]) for row in rows} == {(8, 0.9)}
+    assert "Measured at step" not in card_of(tmp_path).text
+
+
+def test_a_card_of_somebody_is_kept(tmp_path, caplog):
+    trainer = make_trainer(DINO, tmp_path, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    path, generated = tmp_path / "README.md", (tmp_path / "README.md").read_text()
+    assert is_generated(generated)
+    for text in ("# Mine\n", generated.replace("## Limits", "## What to know"), "---\nlicense: mit\n---\nmine\n"):
+        path.write_text(text)
+        for write in (trainer.save_model, trainer.create_model_card, lambda: write_card(tmp_path)):
+            caplog.clear()
+            write()
+            assert path.read_text() == text
+            assert "was written or edited by hand" in caplog.text
+    # Placeholders are nobody's.
+    stock = get_peft_model(DINO["model"](), lora_config(DINO["model"]()))
+    stock.save_pretrained(tmp_path / "stock")
+    assert "[More Information Needed]" in (tmp_path / "stock" / "README.md").read_text()
+    write_card(tmp_path / "stock")
+    for text in ("", "---\nlicense: mit\n---\n", str(ModelCard.from_template(ModelCardData()))):
+        path.write_text(text)
+        trainer.save_model()
+        assert is_generated(path.read_text())
+        assert "## How to use it" in path.read_text()
+    assert "## How to use it" in (tmp_path / "stock" / "README.md").read_text()
+
+
+def test_warnings_of_the_card(tmp_path):
+    model = get_peft_model(DINO["model"](), lora_config(DINO["model"]()))
+    gates = attach_gates(model, GateConfig(target_active=None, lambda_=0.0))
+    gates.save_folded(tmp_path / "open")
+    text = re.sub(r"\s+", " ", card_of(tmp_path / "open").text)
+    assert "The gates are not frozen" in text
+    assert "Nothing was measured on this adapter" in text
+    gates.set_scores([0.0] * 12)
+    gates.freeze()
+    model.save_pretrained(tmp_path / "closed")
+    text = card_of(tmp_path / "closed").text
+    assert "All 12 gates ended closed" in text
+    assert "0 of 12 are open at the end" in text
+    assert "not frozen" not in text
+
+
+def test_scaled_adapters_have_their_own_numbers(published, tmp_path):
+    scale_adapter(published["clip"], 0.5, tmp_path)
+    rows = [row for row in read_results(published["clip"] / RESULTS_FILE) if row.get("wise") == 0.5]
+    card = card_of(tmp_path)
+    assert [result.metric_value for result in card.data.eval_results] == [row["value"] for row in rows]
+    assert "scaled by 0.5" in card.text
+    scale_adapter(published["clip"], 0.25, tmp_path)
+    assert "Nothing was measured" in card_of(tmp_path).text
+    assert not (tmp_path / RESULTS_FILE).exists()
+
+
+def test_unreadable_results_do_not_lose_an_adapter(tmp_path, caplog):
+    trainer = make_trainer(DINO, tmp_path, max_steps=2)
+    trainer.train()
+    for text, message in {
+        "not json\n": "cannot be read",
+        '{"loss": 1}\n': "no results file of hf_gatelora",
+    }.items():
+        (tmp_path / RESULTS_FILE).write_text(text)
+        caplog.clear()
+        trainer.save_model()
+        assert "The adapter is saved, but without a new model card" in caplog.text
+        assert message in caplog.text
+        with pytest.raises(ValueError, match=message):
+            write_card(tmp_path)
+        assert (tmp_path / RESULTS_FILE).read_text() == text
+    row = {"role": "id", "data": "x", "split": "", "metric": "top1", "value": 0.5, "n": 1}
+    write_results([{**row, "method": method} for method in ("lora", "gated")], tmp_path / RESULTS_FILE)
+    with pytest.raises(ValueError, match=r"several methods \(gated, lora\)"):
+        write_card(tmp_path)
+    with pytest.raises(ValueError, match="holds no readable adapter"):
+        write_card(tmp_path / "nothing")
+
+
+def test_folders_of_this_machine_are_not_told():
+    told = {
+        "/home/ada/photos.parquet": "photos.parquet (local)",
+        "photo=/home/ada/my photos/": "photo=my photos (local)",
+        "~/data:test": "data:test (local)",
+        "C:\\data\\x.parquet": "x.parquet (local)",
+        "ada/photos:test": "ada/photos:test",
+        "toy:sketch-test": "toy:sketch-test",
+        "a photo of a {}": "a photo of a {}",
+    }
+    for value, expected in told.items():
+        assert without_paths(value) == expected
+    assert without_paths({"a": ["/x/y"], "b": 1}) == {"a": ["y (local)"], "b": 1}
