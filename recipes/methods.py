@@ -27,6 +27,7 @@ from hf_gatelora.evaluation.suite import EvalSet, Suite
 from hf_gatelora.export import check_scalable, scaled
 from hf_gatelora.hub.card import write_card
 from hf_gatelora.hub.plots import frontier
+from hf_gatelora.hub.push import PushError
 from hf_gatelora.layer import PLAIN_INITS
 
 ADAPTER_FILE, MODEL_FILE = "adapter_model.safetensors", "model.safetensors"
@@ -284,8 +285,9 @@ class Run:
 
     def train_and_measure(self, method: str) -> None:
         """Train and measure one method, and the base with it where that was not measured yet."""
-        training = replace(self.training, output_dir=str(self.output / method))  # sets the engine up anew
         name, budget = parse_method(method)
+        # This also sets the engine up anew.
+        training = replace(self.training, output_dir=str(self.output / method), **self.hub_arguments(method))
         if self.writes:  # of an earlier run, not of what is trained now
             (self.output / method / RESULTS_FILE).unlink(missing_ok=True)
         if budget is not None:
@@ -297,7 +299,7 @@ class Run:
         if name == "full":
             training.learning_rate = self.arguments.full_learning_rate
         trainer, timer = train(method, self.task, training, self.data, self.validation())
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # without a push: that comes when the results are there
         # What was written is evaluated, as users will load it. Each process takes a part of the data.
         trainer.accelerator.wait_for_everyone()
         folder, model = self.output / method, self.task.base()
@@ -306,6 +308,19 @@ class Run:
         self.measured(method, model.to(training.device), self.suite, spent)
         if self.writes and (folder / ADAPTER_FILE).is_file():
             write_card(folder)
+        if training.push_to_hub:
+            try:
+                trainer.push_to_hub()
+            except PushError as error:  # the other methods are still to come
+                print(error)
+
+    def hub_arguments(self, method: str) -> dict:
+        """Training arguments that have only gated LoRA pushed, each method's to a repository of its own."""
+        gated = [name for name in self.arguments.methods if parse_method(name)[0] == "gated"]
+        if not self.training.push_to_hub or method not in gated:
+            return {"push_to_hub": False, "hub_token": None}
+        repo = self.training.hub_model_id or self.output.absolute().name
+        return {"hub_model_id": repo if len(gated) == 1 else f"{repo}-{method.replace('@', '-')}"}
 
     def measured(self, method: str, model: nn.Module, suite: Suite | None = None, more: list[dict] = ()) -> list[dict]:
         """Measure a model, and the base beside it where that was not done yet; returns the rows of both.

@@ -1,5 +1,6 @@
 """Pushing to a Hub on this machine, through the real client: what arrives, what strangers get, what a failure says."""
 
+import json
 import os
 import re
 import subprocess
@@ -14,8 +15,12 @@ from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import _http
 from models import FAMILIES, outputs_of
 from transformers import TrainerCallback
+from world import TinyClip, parse, words
 
 from hf_gatelora.hub.push import PushError, push_adapter
+
+# isort: split
+import methods
 
 CLIP, DINO = FAMILIES["clip"], FAMILIES["dinov2"]
 REPO = f"{USER}/sketches"
@@ -212,7 +217,8 @@ def test_hub_strategies(hub, tmp_path, strategy, monkeypatch):
     progress = [f"Training in progress, step {step}" for step in (4, 8)]
     assert hub.commits(REPO) == ([] if strategy == "end" else progress)
     trainer.push_to_hub()
-    assert hub.commits(REPO)[-1] == "End of training"
+    # What the last save pushed is the end: nothing of it changed, and the client makes no empty commit.
+    assert hub.commits(REPO) == (["End of training"] if strategy == "end" else progress)
     files = hub.files(REPO)
     own = {"adapter_config.json", "adapter_model.safetensors", "gates.json", "gatelora_state.safetensors"}
     assert {file for file in files if "/" not in file} == {*own, "README.md", "gate_map.png"}
@@ -286,3 +292,21 @@ def test_push_of_the_model(hub, stranger, tmp_path):
     assert hub.commits(REPO) == ["By hand"]
     assert "[More Information Needed]" not in hub.files(REPO)["README.md"].decode()
     torch.testing.assert_close(stranger(CLIP), outputs_of(CLIP, trainer.model), rtol=0, atol=1e-5)
+
+
+def test_recipes_push_what_they_measured(hub, world, tmp_path):
+    line = [*words(world, tmp_path / "out"), "--methods", "lora", "gated", "gated@0.5", "--push_to_hub"]
+    methods.main(TinyClip, *parse("clip", [*line, "--hub_model_id", REPO, "--hub_token", TOKEN]))
+    assert sorted(hub.repos) == [f"{REPO}-gated", f"{REPO}-gated-0.5"]
+    for method in ("gated", "gated@0.5"):
+        repo = f"{REPO}-{method.replace('@', '-')}"
+        assert hub.commits(repo)[-1] == "End of training"
+        files = hub.files(repo)
+        rows = [json.loads(row) for row in files["results.jsonl"].splitlines()]
+        card = ModelCard(files["README.md"].decode())
+        own = [row["value"] for row in rows if row["method"] == method and row["role"] != "cost"]
+        assert [result.metric_value for result in card.data.eval_results] == own
+        assert card.data.base_model is None  # it is a folder
+        assert str(tmp_path.parent) not in card.content
+        assert not [content for content in files.values() if TOKEN.encode() in content]
+    assert_no_token(tmp_path)
