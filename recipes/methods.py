@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from common import NOT_OF_THE_METHOD, RecipeArguments, not_default, parse_method
-from data import LabelledImages, parse_named_sources
+from common import NOT_OF_THE_METHOD, RecipeArguments, located, not_default, parse_method
 from peft import LoraConfig, PeftModel, get_peft_model
 from report import table
 from safetensors.torch import load_file
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from hf_gatelora import GatedLoraTrainer, GatedLoraTrainingArguments, RetentionCallback, attach_gates
 from hf_gatelora.engines import EngineTrainer
+from hf_gatelora.evaluation.images import LabelledImages, parse_named_sources
 from hf_gatelora.evaluation.results import Results, read_results, write_results
 from hf_gatelora.evaluation.suite import EvalSet, Suite
 from hf_gatelora.export import check_scalable, scaled
@@ -208,7 +208,7 @@ class Run:
     def images(self, source: str, class_names: list[str] | None = None) -> LabelledImages:
         """The images of a source as the model takes them."""
         captions = getattr(self.arguments, "caption_column", "caption")
-        return LabelledImages(source, self.task.pixels, self.arguments.label_column, captions, class_names)
+        return LabelledImages(located(source), self.task.pixels, self.arguments.label_column, captions, class_names)
 
     def eval_sets(self, role: str, named: dict[str, str]) -> list[EvalSet]:
         """Sources as sets of the suite."""

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from common import RecipeArguments, parse_arguments
-from data import TOY, LabelledImages, parse_named_sources
+from common import TOY, RecipeArguments, parse_arguments
 from methods import Task, main
 from peft import LoraConfig
 from toy_backbone import ensure_backbone
@@ -25,6 +24,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from hf_gatelora import GatedLoraTrainingArguments
 from hf_gatelora.evaluation.backbone import backbone_features, split_classifier
+from hf_gatelora.evaluation.images import LabelledImages, parse_named_sources
 from hf_gatelora.evaluation.linear_probe import fit_linear_probe
 from hf_gatelora.evaluation.suite import ClassifierSuite, EvalSet
 from hf_gatelora.layer import check_targets

@@ -13,10 +13,10 @@ from transformers import CLIPModel
 from world import NAMES, ROOT, TASKS, TinyClip, dataset, parse, png, words
 
 from hf_gatelora.cli import main as gatelora
+from hf_gatelora.evaluation import images as sources
 from hf_gatelora.evaluation.results import Results, read_results
 
 # isort: split
-import data as sources
 import methods
 
 

@@ -1,23 +1,20 @@
-"""Image data from any source: files, folders, the Hub, the toy world."""
+"""Image data from any source: files, folders, the Hub."""
 
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
 import torch
-import toy_world
 from datasets import ClassLabel, Image, load_dataset, load_from_disk
 from PIL import Image as PILImage
-
-TOY = "toy"
 
 
 def load_images(source: str):
     """Load a data set with images, without decoding them.
 
     Args:
-        source: `toy:SET`, a parquet or arrow file, a folder that `Dataset.save_to_disk` wrote, a folder of images, or a
-            Hub id; a split may follow a colon (`user/data:test`), the default is `train`.
+        source: a parquet or arrow file, a folder that `Dataset.save_to_disk` wrote, a folder of images, or a Hub id; a
+            split may follow a colon (`user/data:test`), the default is `train`.
 
     Returns:
         A `datasets.Dataset` with the column `image` not decoded, and the name of the image column.
@@ -25,8 +22,6 @@ def load_images(source: str):
     Raises:
         ValueError: where nothing is found, or there is not exactly one image column.
     """
-    if source.startswith(f"{TOY}:"):
-        source = str(toy_world.ensure_world() / "data" / f"{source.removeprefix(f'{TOY}:')}.parquet")
     path, _, split = source.rpartition(":") if ":" in source and not Path(source).exists() else (source, "", "")
     file = Path(path)
     if split and (file.is_file() or (file / "state.json").is_file()):
