@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant, _ConvNd
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from . import sharding
@@ -302,6 +303,12 @@ def is_adapter_key(key: str) -> bool:
     return ".lora_" in key or ".modules_to_save." in key
 
 
+def module_of_key(key: str) -> str | None:
+    """Module in the base model that a key of an adapter's file adapts; None for what is not LoRA, as heads."""
+    module, lora, _ = key.partition(".lora_")
+    return module.removeprefix(PREFIX) if lora else None
+
+
 def b_key(name: str, adapter: str) -> str:
     """Key of a LoRA layer's B in the model's state dict."""
     return f"{PREFIX}{name}.lora_B.{adapter}.weight"
@@ -316,16 +323,25 @@ def narrow_targets(model: PeftModel, adapter: str, names: list[str]) -> None:
         for name, module in model.named_modules()
         if isinstance(module, (LoraLayer, nn.Linear, nn.modules.conv._ConvNd)) and ".base_layer" not in name
     ]
+    for field, value in exact_targets(names, every, vars(config)).items():
+        setattr(config, field, value)
+
+
+def exact_targets(names: list[str], every: list[str], config: dict) -> dict:
+    """The fields of an adapter's config that make it target the modules in `names`, and no other of `every`."""
     # PEFT matches targets as suffixes: what a full name would catch besides itself must be excluded, by a pattern
     # (which it matches in full), because names in a list would again be suffixes.
     caught = {other for other in every for name in names if other.endswith(f".{name}")} - set(names)
-    config.target_modules = list(names)
-    config.exclude_modules = "|".join(re.escape(name) for name in sorted(caught)) or None
-    config.layers_to_transform = config.layers_pattern = None
-    # PEFT warns of patterns that match nothing.
-    for patterns in (config.rank_pattern or {}, config.alpha_pattern or {}):
-        for key in [k for k in patterns if not any(re.match(rf"(.*\.)?({k})$", name) for name in names)]:
-            del patterns[key]
+    fields = {
+        "target_modules": list(names),
+        "exclude_modules": "|".join(re.escape(name) for name in sorted(caught)) or None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+    for field in ("rank_pattern", "alpha_pattern"):  # PEFT warns of patterns that match nothing
+        patterns = config.get(field) or {}
+        fields[field] = {k: v for k, v in patterns.items() if any(get_pattern_key([k], name) == k for name in names)}
+    return fields
 
 
 def unwrap_empty_layers(model: PeftModel) -> None:
