@@ -21,12 +21,12 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from hf_gatelora import GatedLoraTrainer, GatedLoraTrainingArguments, RetentionCallback, attach_gates
 from hf_gatelora.engines import EngineTrainer
-from hf_gatelora.evaluation.images import LabelledImages, parse_named_sources
+from hf_gatelora.evaluation.adapter import measure_base, measure_tuned
+from hf_gatelora.evaluation.images import LabelledImages, eval_sets, parse_named_sources
 from hf_gatelora.evaluation.results import Results, read_results, write_results
 from hf_gatelora.evaluation.suite import EvalSet, Suite
-from hf_gatelora.export import check_scalable, scaled
+from hf_gatelora.export import check_scalable
 from hf_gatelora.hub.plots import frontier, gate_map
-from hf_gatelora.layer import PLAIN_INITS
 
 ADAPTER_FILE, MODEL_FILE = "adapter_model.safetensors", "model.safetensors"
 
@@ -219,17 +219,10 @@ class Run:
                     f"--bank {name}={source}: its name must be that of a retention set (there are {sorted(named)}), "
                     "and its images others than that set's own."
                 )
-        sets = []
-        for name, source in named.items():
-            images, bank = self.images(source, None if role == "retention" else self.data.class_names), None
-            if name in banks:
-                others = self.images(banks[name], images.class_names)
-                bank = EvalSet(role, name, others, banks[name], others.labels, others.class_names)
-            labels = images.labels
-            if role != "retention" and getattr(self.arguments, "mode", None) == "contrastive" and images.captions:
-                labels = None  # it is what it was trained for that is measured
-            sets.append(EvalSet(role, name, images, source, labels, images.class_names, images.captions, bank))
-        return sets
+        classes = None if role == "retention" else self.data.class_names
+        # What it was trained for is measured.
+        retrieval = role != "retention" and getattr(self.arguments, "mode", None) == "contrastive"
+        return eval_sets(role, named, self.images, classes, banks, retrieval)
 
     def validation(self) -> dict[str, object]:
         """What evaluation during training needs; empty where none was asked for.
@@ -309,17 +302,9 @@ class Run:
         if self.arguments.wise and isinstance(model, PeftModel):
             check_scalable(model.peft_config["default"].to_dict(), method)
         if "base" not in self.finished:
-            if isinstance(model, PeftModel) and model.peft_config["default"].init_lora_weights in PLAIN_INITS:
-                with model.disable_adapter():
-                    rows = self.suite.measure(model, "base")
-            else:
-                rows = self.suite.measure(self.task.base().to(self.training.device), "base")
-            self.record("base", rows)
-        suite = self.suite if suite is None else suite
-        rows = suite.measure(model, method)
-        for scale in self.arguments.wise if isinstance(model, PeftModel) else []:
-            with scaled(model, scale):
-                rows += [{**row, "wise": scale} for row in suite.measure(model, f"{method} x {scale:g}")]
+            self.record("base", measure_base(self.suite, model, lambda: self.task.base().to(self.training.device)))
+        scales = self.arguments.wise if isinstance(model, PeftModel) else []
+        rows = measure_tuned(self.suite if suite is None else suite, model, method, scales)
         self.record(method, [*rows, *more])
         return [*self.finished["base"], *self.finished[method]]
 

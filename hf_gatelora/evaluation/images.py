@@ -8,6 +8,8 @@ import torch
 from datasets import ClassLabel, Image, load_dataset, load_from_disk
 from PIL import Image as PILImage
 
+from .suite import EvalSet
+
 
 def load_images(source: str):
     """Load a data set with images, without decoding them.
@@ -143,3 +145,37 @@ def parse_named_sources(field: str, entries: list[str] | None) -> dict[str, str]
             raise ValueError(f"--{field} {entry!r}: give name=source, each name once.")
         named[name] = source
     return named
+
+
+def eval_sets(
+    role: str,
+    named: dict[str, str],
+    load: Callable[[str, list[str] | None], LabelledImages],
+    class_names: list[str] | None = None,
+    banks: dict[str, str] | None = None,
+    retrieval: bool = False,
+) -> list[EvalSet]:
+    """Sources as sets of a suite.
+
+    Args:
+        role: of the sets.
+        named: sources by name.
+        load: makes images of a source and the classes that its labels index (None: its own).
+        class_names: these classes.
+        banks: by name of a set, the source of the labelled images that vote on it (k-NN); other names are not used.
+        retrieval: whether labels are left out where there are captions.
+
+    Raises:
+        ValueError: where a set is its own bank.
+    """
+    sets = []
+    for name, source in named.items():
+        images, bank = load(source, class_names), None
+        if name in (banks or {}):
+            if banks[name] == source:
+                raise ValueError(f"The bank of {name!r} is that set itself, {source}: give other images.")
+            others = load(banks[name], images.class_names)
+            bank = EvalSet(role, name, others, banks[name], others.labels, others.class_names)
+        labels = None if retrieval and images.captions else images.labels
+        sets.append(EvalSet(role, name, images, source, labels, images.class_names, images.captions, bank))
+    return sets
