@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
@@ -98,8 +99,11 @@ def load_base(
     except ValueError as error:
         hint = "" if model else f" {adapter.folder} names it as its base: give the place where it is now."
         raise ValueError(f"{error}{hint}") from error
+    kind = model_class(config, adapter.config)
+    if not isinstance(config, getattr(kind, "config_class", None) or PreTrainedConfig):
+        raise ValueError(f"{adapter.folder} does not fit {name}: that is a {config.model_type}, no {kind.__name__}.")
     settings = _head_settings(adapter, config, name)
-    loaded, new = load_reporting(model_class(config, adapter.config), name, dtype=dtype, **settings)
+    loaded, new = load_reporting(kind, name, dtype=dtype, **settings)
     refuse_random(name, loaded, {key for key in new if key not in adapter.heads})
     return loaded, bool(new)
 
@@ -204,13 +208,18 @@ def load_processor(kind: type, *places: str | os.PathLike):
 
 @contextmanager
 def quiet():
-    """Within this context transformers does not warn, as it does of new heads."""
+    """Within this context transformers does not warn, as it does of new heads; of progress only downloads are shown."""
     log = transformers.utils.logging
-    level = log.get_verbosity()
+    level, bars, downloads = log.get_verbosity(), log.is_progress_bar_enabled(), not are_progress_bars_disabled()
     log.set_verbosity_error()
+    log.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
             yield
     finally:
         log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()

@@ -1,6 +1,5 @@
 """Several adapters as one: a stock adapter on the union of their blocks."""
 
-import logging
 import os
 import re
 from pathlib import Path
@@ -11,8 +10,6 @@ from torch import Tensor
 
 from . import layer as seam
 from .export import check_scalable, read_adapter, write_stock
-
-logger = logging.getLogger(__name__)
 
 # What a sum of updates B A cannot express.
 UNSUPPORTED = ("lora_bias", "target_parameters", "trainable_token_indices", "layer_replication")
@@ -39,8 +36,8 @@ def combine_adapters(
             the base's plus the weighted sum of its changes.
 
     Raises:
-        ValueError: where numbers and folders do not fit, an adapter cannot be read, is not plain LoRA, has a block or
-            head of another shape than another adapter, or has a head and there is no base that fits.
+        ValueError: where numbers and folders do not fit, an adapter cannot be read or is not plain LoRA, they name
+            different base models, have blocks or heads of different shapes, or heads and there is no base that fits.
     """
     directories, output = [Path(directory) for directory in directories], Path(output)
     if not directories or len(directories) != len(weights):
@@ -54,7 +51,10 @@ def combine_adapters(
             raise ValueError(f"{directory} uses {', '.join(used)}, which cannot be combined.")
     bases = dict.fromkeys(str(config.get("base_model_name_or_path")) for config in configs)
     if len(bases) > 1:
-        logger.warning(f"The adapters name several base models, {', '.join(bases)}: the first one is written.")
+        raise ValueError(
+            f"The adapters are on different base models, {' and '.join(bases)}. If these are copies of one, write the "
+            "same base_model_name_or_path into each adapter_config.json."
+        )
 
     combined: dict[str, Tensor] = {}
     scaling = None  # that of the first block is kept for all, so that one adapter at weight 1 stays as it is

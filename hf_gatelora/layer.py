@@ -183,25 +183,32 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
     Raises:
         ValueError: naming the entries that match nothing, what they may be called here, and what there is.
     """
-    targets = config.target_modules
-    if targets is None or targets == "all-linear":
-        return
+    missing = missing_targets(model, config.target_modules)
+    if missing:
+        raise ValueError(explain_missing(model, missing))
+
+
+def missing_targets(model: nn.Module, targets: list[str] | str | None) -> list[str]:
+    """The entries of `target_modules` that name no module of the model."""
+    if targets is None or targets in ("all-linear", ["all-linear"]):
+        return []
     # On a model that is adapted already, modules have their old names within PEFT's wrapper.
     names = [name.removeprefix(PREFIX).replace(".base_layer", "") for name, _ in model.named_modules()]
     if isinstance(targets, str):
-        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-    else:
-        missing = sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names))
-    if not missing:
-        return
-    leaves = {name.rsplit(".", 1)[-1] for name in names}
+        return [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    return sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names))
+
+
+def explain_missing(model: nn.Module, missing: list[str]) -> str:
+    """What to say of targets that name no module: what they may be called here, and what there is."""
+    leaves = {name.removesuffix(".base_layer").rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     hints = [
         f"{target!r} is called {RENAMED[target]} since transformers 5"
         for target in missing
         if target in RENAMED and any(new in leaves for new in RENAMED[target].replace(" and ", ", ").split(", "))
     ]
     hint = f" ({'; '.join(hints)})" if hints else ""
-    raise ValueError(
+    return (
         f"target_modules: {', '.join(map(repr, missing))} matches no module of {type(model).__name__}{hint}. "
         f"{describe_linear_layers(model)} {PRESET}"
     )

@@ -69,7 +69,8 @@ def evaluate_adapter(
 
     A `CLIPModel` is measured zero-shot or by retrieval (`ClipSuite`); an image classifier or vision backbone by its
     head, by the head that the base was published with, and by k-NN (`ClassifierSuite`). Sources are as for
-    `load_images`. Where the adapter brought a new head, the base has none that could be measured on ID and OOD sets.
+    `load_images`. Where the adapter brought its classification head, the base is measured by a head on ID and OOD sets
+    only if `model` is given, as a copy of the base with the head that the training started from.
 
     Args:
         adapter: folder or Hub id of a LoRA adapter, of this package or not.
@@ -105,15 +106,17 @@ def evaluate_adapter(
         check_scalable(found.config, str(found.folder))
     name = str(model or found.config.get("base_model_name_or_path"))
     base, new_head = load_base(found, model)
-    if scales and new_head:
-        raise ValueError(
-            f"{found.folder} brought its own head, and the one that it started from is not known: it cannot be scaled. "
-            "Give as model a copy of the base that has that head."
-        )
     is_clip = isinstance(base, CLIPModel)
     if not is_clip and base.main_input_name != "pixel_values":
         raise ValueError(f"{type(base).__name__} cannot be measured: only CLIPModel and vision backbones can.")
     published = None if is_clip else _published_head(base, new_head, name)
+    # The published head is not the one that the training of another began with.
+    headless = not is_clip and (new_head or model is None) and _brought_head(found, base)
+    if scales and headless:
+        raise ValueError(
+            f"{found.folder} brought its head, and the one that it started from is not known: it cannot be scaled. "
+            "Give as model a copy of the base that has that head."
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tuned = load_adapted(base, found).to(device)
     processor = load_processor(AutoImageProcessor, found.folder, name)
@@ -151,8 +154,11 @@ def evaluate_adapter(
 
     method, seed = _identity(found)
     base_rows = measure_base(suite, tuned, lambda: load_base(found, model)[0].to(device))
-    if new_head:
-        logger.warning("The adapter brought its head: the base has none to measure on ID and OOD sets.")
+    if headless:
+        logger.warning(
+            "The adapter brought its head: the base is not measured by a head on ID and OOD sets. To have that, give "
+            "as model a copy of the base with the head that the training started from."
+        )
         base_rows = [row for row in base_rows if row["role"] == "retention" or row["metric"] not in ("top1", "ece")]
     rows = [{"method": "base", **row} for row in base_rows]
     rows += [{"method": method, **row} for row in measure_tuned(suite, tuned, method, scales)]
@@ -188,6 +194,11 @@ def _head_order(found: Adapter, base: PreTrainedModel, new_head: bool, own: list
         )
     logger.warning("The head's classes have no known names: they are taken to be those of the set, in its order.")
     return own
+
+
+def _brought_head(found: Adapter, base: PreTrainedModel) -> bool:
+    name = split_classifier(base)[1]
+    return name is not None and any(key.startswith(f"{name}.") for key in found.heads)
 
 
 def _published_head(base: PreTrainedModel, new_head: bool, name: str) -> tuple[nn.Module | None, dict[int, str]]:

@@ -58,7 +58,9 @@ def read_results(path: str | os.PathLike) -> list[dict]:
 
 
 def update_results(rows: list[dict], path: str | os.PathLike) -> None:
-    """Add rows to a results file; those that measure the same (method, set, metric, scale) are replaced.
+    """Add rows to a results file; those of the same measurement (method, set, metric, scale) are replaced.
+
+    Rows of a set of the same name from another source are dropped: they cannot be compared with the new ones.
 
     Raises:
         ValueError: where the file cannot be read.
@@ -71,8 +73,13 @@ def update_results(rows: list[dict], path: str | os.PathLike) -> None:
         before = read_results(path) if Path(path).is_file() else []
     except ValueError as error:
         raise ValueError(f"{path} is no results file, and is left as it is ({error}).") from error
-    new = {measured(row) for row in rows}
-    write_results([*(row for row in before if measured(row) not in new), *rows], path)
+    new, sources = {measured(row) for row in rows}, {(row["role"], row["data"]): row["split"] for row in rows}
+    kept = [
+        row
+        for row in before
+        if measured(row) not in new and sources.get((row["role"], row["data"]), row["split"]) == row["split"]
+    ]
+    write_results([*kept, *rows], path)
 
 
 def package_versions() -> dict[str, str]:
