@@ -236,15 +236,6 @@ def layer_of(model: PeftModel, name: str) -> str:
     return name
 
 
-def split_layer(name: str) -> tuple[str, str, str]:
-    """Split a module name into tower, layer index and the module's own name; the first two may be empty."""
-    parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    if not numbers:
-        return "", "", name
-    return parts[0], parts[numbers[-1]], parts[-1]
-
-
 def install(layer: LoraLayer, adapter: str, gate: Gate | None) -> None:
     """Gate one adapter of a LoRA layer; None closes it for good."""
     layer.lora_variant[adapter] = GatedLora(gate)
