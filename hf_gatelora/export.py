@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ModulesToSaveWrapper
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ModulesToSaveWrapper, load_peft_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from . import layer as seam
@@ -176,13 +177,8 @@ def scale_adapter(
     directory, output = Path(directory), Path(output)
     if not 0 <= scale <= 1:
         raise ValueError(f"scale={scale} is out of range: it must be a number in [0, 1].")
-    if directory.resolve() == output.resolve():
-        raise ValueError(f"{output} is the adapter's own folder: give another one, the adapter stays as it is.")
-    try:
-        config = json.loads((directory / CONFIG_NAME).read_text())
-        weights = load_file(directory / SAFETENSORS_WEIGHTS_NAME)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{directory} holds no readable adapter ({error}).") from error
+    _check_other(directory, output)
+    config, weights = read_adapter(directory)
     check_scalable(config, str(directory))
     heads = base.state_dict() if base is not None else {}
     for key, value in weights.items():
@@ -196,24 +192,124 @@ def scale_adapter(
                     "replaces, so that the two can be interpolated."
                 )
             weights[key] = torch.lerp(heads[name].to(value), value, scale)
+    summary = _read_summary(directory)
+    rows = [row for row in _read_rows(directory) if row.get("method") == "base" or row.get("wise") == scale]
+    measured = any("wise" in row for row in rows)
+    rows = [{key: value for key, value in row.items() if key != "wise"} for row in rows] if measured else None
+    write_stock(output, config, weights, summary and {**summary, "scale": scale}, rows)
 
+
+def fold_checkpoint(directory: str | os.PathLike, output: str | os.PathLike) -> None:
+    """Write a checkpoint as a stock adapter with the blocks that its gates left open, and nothing to resume from.
+
+    The gates keep the values that they had: before the freeze this is the model of that moment, and its budget is not
+    applied. With all gates closed one block is kept, with B = 0, because PEFT knows no adapter without layers.
+
+    Args:
+        directory: a checkpoint or adapter that this package wrote.
+        output: another folder.
+
+    Raises:
+        ValueError: where the folders are the same, or `directory` is no adapter or has no `gates.json`.
+    """
+    directory, output = Path(directory), Path(output)
+    _check_other(directory, output)
+    config, weights = read_adapter(directory)
+    summary = _read_summary(directory)
+    if summary is None:
+        raise ValueError(f"{directory} was not written by gated LoRA (no {SUMMARY_FILE}): there is nothing to fold.")
+    adapted = list(dict.fromkeys(filter(None, map(seam.module_of_key, weights))))
+    closed = {module for block in summary["blocks"] if block["gate"] == 0 for module in block["modules"]}
+    kept = [name for name in adapted if name not in closed] or adapted[:1]
+    weights = {key: value for key, value in weights.items() if seam.module_of_key(key) in (None, *kept)}
+    if len(kept) < len(adapted):
+        config |= seam.exact_targets(kept, adapted, config)
+    write_stock(output, config, weights, summary, _read_rows(directory))
+
+
+def read_adapter(directory: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
+    """The config of an adapter and its weights, on the CPU.
+
+    Raises:
+        ValueError: where one of its files is missing or cannot be read.
+    """
+    directory = Path(directory)
+    try:
+        weight_file(directory)
+        return json.loads((directory / CONFIG_NAME).read_text()), load_peft_weights(str(directory), device="cpu")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{directory} holds no readable adapter ({error}).") from error
+
+
+def read_shapes(directory: Path) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Shapes of an adapter's weights by their key, and the size of their file in bytes.
+
+    Raises:
+        ValueError: where the file is missing or cannot be read.
+    """
+    try:
+        file = weight_file(directory)
+        if file.name == WEIGHTS_NAME:
+            weights = torch.load(file, map_location="meta", weights_only=True)
+            return {key: tuple(value.shape) for key, value in weights.items()}, file.stat().st_size
+        with safe_open(file, framework="pt") as opened:
+            shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+        return shapes, file.stat().st_size
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(f"{directory} holds no readable adapter ({error}).") from error
+
+
+def weight_file(directory: Path) -> Path:
+    """The file of an adapter's weights, in either format.
+
+    Raises:
+        FileNotFoundError: where there is none.
+    """
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        if (directory / name).is_file():
+            return directory / name
+    raise FileNotFoundError(f"{directory / SAFETENSORS_WEIGHTS_NAME} is missing")
+
+
+def write_stock(
+    output: Path,
+    config: dict,
+    weights: dict[str, Tensor],
+    summary: dict | None = None,
+    rows: list[dict] | None = None,
+) -> None:
+    """Write a stock adapter and its model card; `gates.json` and `results.jsonl` where there are contents for them."""
     from .hub.card import refresh_card
     from .hub.content import FRONTIER, GATE_MAP
 
     def write(folder: Path) -> None:
         save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        shutil.copy(directory / CONFIG_NAME, folder)
-        if (directory / SUMMARY_FILE).is_file():
-            summary = json.loads((directory / SUMMARY_FILE).read_text())
-            (folder / SUMMARY_FILE).write_text(json.dumps({**summary, "scale": scale}, indent=1) + "\n")
-        rows = read_results(directory / RESULTS_FILE) if (directory / RESULTS_FILE).is_file() else []
-        rows = [row for row in rows if row.get("method") == "base" or row.get("wise") == scale]
-        if any("wise" in row for row in rows):
-            rows = [{key: value for key, value in row.items() if key != "wise"} for row in rows]
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
+        if summary is not None:
+            (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
+        if rows:
             write_results(rows, folder / RESULTS_FILE)
 
-    _replace_files(output, write, {STATE_FILE, RESULTS_FILE, GATE_MAP, FRONTIER})
+    _replace_files(output, write, {STATE_FILE, SUMMARY_FILE, WEIGHTS_NAME, RESULTS_FILE, GATE_MAP, FRONTIER})
     refresh_card(output)
+
+
+def _read_summary(directory: Path) -> dict | None:
+    try:
+        return json.loads((directory / SUMMARY_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{directory / SUMMARY_FILE} cannot be read ({error}).") from error
+
+
+def _read_rows(directory: Path) -> list[dict]:
+    return read_results(directory / RESULTS_FILE) if (directory / RESULTS_FILE).is_file() else []
+
+
+def _check_other(directory: Path, output: Path) -> None:
+    if directory.resolve() == output.resolve():
+        raise ValueError(f"{output} is the adapter's own folder: give another one, the adapter stays as it is.")
 
 
 def _replace_files(directory: Path, write: Callable[[Path], None], stale: set[str]) -> None:

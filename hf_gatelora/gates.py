@@ -145,12 +145,16 @@ def open_count(fraction: float, blocks: int, what: str = "target_active") -> int
     """
     count = round(fraction * blocks)
     if fraction > 0 and count == 0:
-        smallest = math.floor(0.5 / blocks * 1e6 + 1) / 1e6
         raise ValueError(
             f"{what}={fraction:g} of {blocks} gates rounds to 0 open gates. The smallest fraction that keeps one "
-            f"open is {smallest:g}; 0.0 closes all of them on purpose."
+            f"open is {smallest_fraction(blocks):g}; 0.0 closes all of them on purpose."
         )
     return count
+
+
+def smallest_fraction(blocks: int) -> float:
+    """The smallest fraction, to six digits, of which one gate stays open."""
+    return math.floor(0.5 / blocks * 1e6 + 1) / 1e6
 
 
 def select_open(values: Tensor, towers: list[list[int]], counts: list[int]) -> Tensor:

@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant, _ConvNd
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from . import sharding
@@ -182,25 +183,32 @@ def check_targets(model: nn.Module, config: LoraConfig) -> None:
     Raises:
         ValueError: naming the entries that match nothing, what they may be called here, and what there is.
     """
-    targets = config.target_modules
-    if targets is None or targets == "all-linear":
-        return
+    missing = missing_targets(model, config.target_modules)
+    if missing:
+        raise ValueError(explain_missing(model, missing))
+
+
+def missing_targets(model: nn.Module, targets: list[str] | str | None) -> list[str]:
+    """The entries of `target_modules` that name no module of the model."""
+    if targets is None or targets in ("all-linear", ["all-linear"]):
+        return []
     # On a model that is adapted already, modules have their old names within PEFT's wrapper.
     names = [name.removeprefix(PREFIX).replace(".base_layer", "") for name, _ in model.named_modules()]
     if isinstance(targets, str):
-        missing = [] if any(re.fullmatch(targets, name) for name in names) else [targets]
-    else:
-        missing = sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names))
-    if not missing:
-        return
-    leaves = {name.rsplit(".", 1)[-1] for name in names}
+        return [] if any(re.fullmatch(targets, name) for name in names) else [targets]
+    return sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names))
+
+
+def explain_missing(model: nn.Module, missing: list[str]) -> str:
+    """What to say of targets that name no module: what they may be called here, and what there is."""
+    leaves = {name.removesuffix(".base_layer").rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     hints = [
         f"{target!r} is called {RENAMED[target]} since transformers 5"
         for target in missing
         if target in RENAMED and any(new in leaves for new in RENAMED[target].replace(" and ", ", ").split(", "))
     ]
     hint = f" ({'; '.join(hints)})" if hints else ""
-    raise ValueError(
+    return (
         f"target_modules: {', '.join(map(repr, missing))} matches no module of {type(model).__name__}{hint}. "
         f"{describe_linear_layers(model)} {PRESET}"
     )
@@ -226,15 +234,6 @@ def layer_of(model: PeftModel, name: str) -> str:
         if parts[end].isdigit() and isinstance(model.get_submodule(".".join(parts[:end])), nn.ModuleList):
             return ".".join(parts[: end + 1]).removeprefix(PREFIX)
     return name
-
-
-def split_layer(name: str) -> tuple[str, str, str]:
-    """Split a module name into tower, layer index and the module's own name; the first two may be empty."""
-    parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    if not numbers:
-        return "", "", name
-    return parts[0], parts[numbers[-1]], parts[-1]
 
 
 def install(layer: LoraLayer, adapter: str, gate: Gate | None) -> None:
@@ -302,6 +301,12 @@ def is_adapter_key(key: str) -> bool:
     return ".lora_" in key or ".modules_to_save." in key
 
 
+def module_of_key(key: str) -> str | None:
+    """Module in the base model that a key of an adapter's file adapts; None for what is not LoRA, as heads."""
+    module, lora, _ = key.partition(".lora_")
+    return module.removeprefix(PREFIX) if lora else None
+
+
 def b_key(name: str, adapter: str) -> str:
     """Key of a LoRA layer's B in the model's state dict."""
     return f"{PREFIX}{name}.lora_B.{adapter}.weight"
@@ -316,16 +321,25 @@ def narrow_targets(model: PeftModel, adapter: str, names: list[str]) -> None:
         for name, module in model.named_modules()
         if isinstance(module, (LoraLayer, nn.Linear, nn.modules.conv._ConvNd)) and ".base_layer" not in name
     ]
+    for field, value in exact_targets(names, every, vars(config)).items():
+        setattr(config, field, value)
+
+
+def exact_targets(names: list[str], every: list[str], config: dict) -> dict:
+    """The fields of an adapter's config that make it target the modules in `names`, and no other of `every`."""
     # PEFT matches targets as suffixes: what a full name would catch besides itself must be excluded, by a pattern
     # (which it matches in full), because names in a list would again be suffixes.
     caught = {other for other in every for name in names if other.endswith(f".{name}")} - set(names)
-    config.target_modules = list(names)
-    config.exclude_modules = "|".join(re.escape(name) for name in sorted(caught)) or None
-    config.layers_to_transform = config.layers_pattern = None
-    # PEFT warns of patterns that match nothing.
-    for patterns in (config.rank_pattern or {}, config.alpha_pattern or {}):
-        for key in [k for k in patterns if not any(re.match(rf"(.*\.)?({k})$", name) for name in names)]:
-            del patterns[key]
+    fields = {
+        "target_modules": list(names),
+        "exclude_modules": "|".join(re.escape(name) for name in sorted(caught)) or None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+    for field in ("rank_pattern", "alpha_pattern"):  # PEFT warns of patterns that match nothing
+        patterns = config.get(field) or {}
+        fields[field] = {k: v for k, v in patterns.items() if any(get_pattern_key([k], name) == k for name in names)}
+    return fields
 
 
 def unwrap_empty_layers(model: PeftModel) -> None:

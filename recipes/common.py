@@ -4,8 +4,11 @@ from argparse import _ExtendAction
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import toy_world
 import yaml
 from transformers import HfArgumentParser
+
+TOY = "toy"
 
 METHODS = {
     "linear_probe": "a linear classifier on the frozen features",
@@ -69,6 +72,13 @@ class RecipeArguments:
             parse_method(method)
         if any(not 0 <= scale <= 1 for scale in self.wise):
             raise ValueError(f"--wise {self.wise}: the scales lie between 0 (the base) and 1 (the adapter).")
+
+
+def located(source: str) -> str:
+    """A source as the library knows it: `toy:SET` is a file of the toy world, which is made where there is none."""
+    if not source.startswith(f"{TOY}:"):
+        return source
+    return str(toy_world.ensure_world() / "data" / f"{source.removeprefix(f'{TOY}:')}.parquet")
 
 
 def parse_method(method: str) -> tuple[str, float | None]:

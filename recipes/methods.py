@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from common import NOT_OF_THE_METHOD, RecipeArguments, parse_method
-from data import LabelledImages, parse_named_sources
+from common import NOT_OF_THE_METHOD, RecipeArguments, located, parse_method
 from peft import LoraConfig, PeftModel, get_peft_model
 from report import table
 from safetensors.torch import load_file
@@ -22,13 +21,14 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from hf_gatelora import GatedLoraTrainer, GatedLoraTrainingArguments, RetentionCallback, attach_gates
 from hf_gatelora.engines import EngineTrainer
+from hf_gatelora.evaluation.adapter import measure_base, measure_tuned
+from hf_gatelora.evaluation.images import LabelledImages, eval_sets, parse_named_sources
 from hf_gatelora.evaluation.results import RESULTS_FILE, Results, not_default, read_results, write_results
 from hf_gatelora.evaluation.suite import EvalSet, Suite
-from hf_gatelora.export import check_scalable, scaled
+from hf_gatelora.export import check_scalable
 from hf_gatelora.hub.card import write_card
 from hf_gatelora.hub.plots import frontier
 from hf_gatelora.hub.push import PushError
-from hf_gatelora.layer import PLAIN_INITS
 
 ADAPTER_FILE, MODEL_FILE = "adapter_model.safetensors", "model.safetensors"
 
@@ -211,7 +211,7 @@ class Run:
     def images(self, source: str, class_names: list[str] | None = None) -> LabelledImages:
         """The images of a source as the model takes them."""
         captions = getattr(self.arguments, "caption_column", "caption")
-        return LabelledImages(source, self.task.pixels, self.arguments.label_column, captions, class_names)
+        return LabelledImages(located(source), self.task.pixels, self.arguments.label_column, captions, class_names)
 
     def eval_sets(self, role: str, named: dict[str, str]) -> list[EvalSet]:
         """Sources as sets of the suite."""
@@ -222,18 +222,10 @@ class Run:
                     f"--bank {name}={source}: its name must be that of a retention set (there are {sorted(named)}), "
                     "and its images others than that set's own."
                 )
-        sets = []
-        for name, source in named.items():
-            images, bank = self.images(source, None if role == "retention" else self.data.class_names), None
-            if name in banks:
-                others = self.images(banks[name], images.class_names)
-                bank = EvalSet(role, name, others, banks[name], others.labels, others.class_names)
-            labels = images.labels
-            if role != "retention" and getattr(self.arguments, "mode", None) == "contrastive" and images.captions:
-                labels = None  # it is what it was trained for that is measured
-            known = (images.class_names, images.captions, bank)
-            sets.append(EvalSet(role, name, images, source, labels, *known, **images.origin))
-        return sets
+        classes = None if role == "retention" else self.data.class_names
+        # What it was trained for is measured.
+        retrieval = role != "retention" and getattr(self.arguments, "mode", None) == "contrastive"
+        return eval_sets(role, named, self.images, classes, banks, retrieval)
 
     def validation(self) -> dict[str, object]:
         """What evaluation during training needs; empty where none was asked for.
@@ -330,17 +322,9 @@ class Run:
         if self.arguments.wise and isinstance(model, PeftModel):
             check_scalable(model.peft_config["default"].to_dict(), method)
         if "base" not in self.finished:
-            if isinstance(model, PeftModel) and model.peft_config["default"].init_lora_weights in PLAIN_INITS:
-                with model.disable_adapter():
-                    rows = self.suite.measure(model, "base")
-            else:
-                rows = self.suite.measure(self.task.base().to(self.training.device), "base")
-            self.record("base", rows)
-        suite = self.suite if suite is None else suite
-        rows = suite.measure(model, method)
-        for scale in self.arguments.wise if isinstance(model, PeftModel) else []:
-            with scaled(model, scale):
-                rows += [{**row, "wise": scale} for row in suite.measure(model, f"{method} x {scale:g}")]
+            self.record("base", measure_base(self.suite, model, lambda: self.task.base().to(self.training.device)))
+        scales = self.arguments.wise if isinstance(model, PeftModel) else []
+        rows = measure_tuned(self.suite if suite is None else suite, model, method, scales)
         self.record(method, [*rows, *more])
         return [*self.finished["base"], *self.finished[method]]
 

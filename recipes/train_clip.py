@@ -21,8 +21,7 @@ from pathlib import Path
 import torch
 import toy_world
 from accelerate import PartialState
-from common import RecipeArguments, parse_arguments
-from data import TOY, LabelledImages
+from common import TOY, RecipeArguments, parse_arguments
 from huggingface_hub import constants
 from methods import ADAPTER_FILE, Task, main
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -32,6 +31,7 @@ from transformers import CLIPModel, CLIPProcessor
 from transformers.integrations import unset_hf_deepspeed_config
 
 from hf_gatelora import GatedLoraTrainingArguments, export_open_clip, load_open_clip
+from hf_gatelora.evaluation.images import LabelledImages
 from hf_gatelora.evaluation.linear_probe import fit_linear_probe
 from hf_gatelora.evaluation.suite import ClipSuite
 from hf_gatelora.evaluation.templates import imagenet_class_names, prompt_templates

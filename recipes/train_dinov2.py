@@ -8,25 +8,24 @@ measured by that head; retention sets by the head that the base model was publis
 and by k-NN where a bank of labelled images is given.
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from common import RecipeArguments, parse_arguments
-from data import TOY, LabelledImages, parse_named_sources
+from common import TOY, RecipeArguments, parse_arguments
 from methods import Task, main
 from peft import LoraConfig
 from toy_backbone import ensure_backbone
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, logging
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 from transformers.integrations import unset_hf_deepspeed_config
 
 from hf_gatelora import GatedLoraTrainingArguments
+from hf_gatelora.bases import load_reporting, refuse_random
 from hf_gatelora.evaluation.backbone import backbone_features, split_classifier
+from hf_gatelora.evaluation.images import LabelledImages, parse_named_sources
 from hf_gatelora.evaluation.linear_probe import fit_linear_probe
-from hf_gatelora.evaluation.suite import ClassifierSuite, EvalSet
+from hf_gatelora.evaluation.published import classifier_suite
 from hf_gatelora.layer import check_targets
 
 
@@ -101,22 +100,9 @@ class Classifier(Task):
             ValueError: where weights of its backbone are missing.
         """
         unset_hf_deepspeed_config()
-        level = logging.get_verbosity()
-        logging.set_verbosity_error()  # the new head is what it would warn of
-        try:
-            model, report = AutoModelForImageClassification.from_pretrained(
-                self.name, dtype=torch.float32, output_loading_info=True, **settings
-            )
-        finally:
-            logging.set_verbosity(level)
+        model, random = load_reporting(AutoModelForImageClassification, self.name, **settings)
         head = split_classifier(model)[1]
-        new = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-        lost = sorted(key for key in new if not key.startswith(f"{head}."))
-        if lost:
-            raise ValueError(
-                f"{self.name} lacks {len(lost)} weights of the backbone of {type(model).__name__} (first: {lost[0]}): "
-                "they would be random. Is it a checkpoint of this architecture?"
-            )
+        refuse_random(self.name, model, {key for key in random if not key.startswith(f"{head}.")})
         return model
 
     def fit_probe(self, data: LabelledImages, model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -147,32 +133,11 @@ class Classifier(Task):
 
     def suite(self, sets, batch_size):
         maps = parse_named_sources("head_label_map", self.arguments.head_label_map)
-        published = AutoConfig.from_pretrained(self.name)
-        head, classes = None, {}
-        if any(name.endswith("ForImageClassification") for name in published.architectures or []):
+        config, head = AutoConfig.from_pretrained(self.name), None
+        if any(name.endswith("ForImageClassification") for name in config.architectures or []):
             head = split_classifier(self.load())[2]
-        for data in sets:
-            if data.labels is None:
-                raise ValueError(
-                    f"{data.role} set {data.name!r} ({data.split}) has no labels: name their column, --label_column."
-                )
-            if data.role == "retention":
-                if head is not None:
-                    classes |= head_classes(data, published.id2label, maps.get(data.name))
-                if data.bank is None and data.name not in classes:
-                    raise ValueError(
-                        f"Retention set {data.name!r} cannot be measured: the published head does not have its classes "
-                        f"({', '.join(data.class_names[:3])}, ...), and there is no bank for k-NN. Give --bank "
-                        f"{data.name}=SOURCE with labelled images, or --head_label_map {data.name}=FILE."
-                    )
-        return ClassifierSuite(
-            sets=sets,
-            batch_size=batch_size,
-            original_head=head,
-            head_classes=classes,
-            k=self.arguments.knn_k,
-            temperature=self.arguments.knn_temperature,
-        )
+        knn = {"k": self.arguments.knn_k, "temperature": self.arguments.knn_temperature}
+        return classifier_suite(sets, head, config.id2label, maps, batch_size=batch_size, **knn)
 
     def trainer_parts(self, data):
         def collate(rows):
@@ -185,33 +150,6 @@ class Classifier(Task):
         if not self.arguments.probe_first:
             split_classifier(model)[2].load_state_dict(self.fit_probe(data, model))
         return model, suite
-
-
-def head_classes(data: EvalSet, id2label: dict[int, str], file: str | None) -> dict[str, torch.Tensor]:
-    """For each class of a set its output of the published head, by the set's name; empty where that lacks them.
-
-    Args:
-        file: JSON {class: output}, all classes by name or all by number; None compares the names.
-
-    Raises:
-        ValueError: where a file does not give every class an output.
-    """
-    names = data.class_names
-    if file is None:
-        labels = [label.lower().replace("_", " ") for label in id2label.values()]
-        places = {label: i for i, label in enumerate(labels) if labels.count(label) == 1}
-        found = [places.get(name.lower().replace("_", " ")) for name in names]
-        return {} if None in found else {data.name: torch.tensor(found)}
-    mapping = json.loads(Path(file).read_text())
-    by_name = any(name in mapping for name in names)
-    found = [mapping.get(name if by_name else str(i)) for i, name in enumerate(names)]
-    wrong = [name for name, place in zip(names, found, strict=True) if place not in range(len(id2label))]
-    if wrong:
-        raise ValueError(
-            f"{file} gives {len(wrong)} of the {len(names)} classes of {data.name!r} no output of the published head "
-            f"(first: {wrong[0]!r}; outputs are 0 to {len(id2label) - 1})."
-        )
-    return {data.name: torch.tensor(found)}
 
 
 if __name__ == "__main__":

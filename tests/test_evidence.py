@@ -25,6 +25,7 @@ from transformers import (
 from world import NAMES, ROOT, TASKS, TinyClip, parse, words
 
 from hf_gatelora import GateConfig, RetentionCallback, attach_gates
+from hf_gatelora.evaluation import images as sources
 from hf_gatelora.evaluation.backbone import backbone_features, split_classifier
 from hf_gatelora.evaluation.results import read_results
 from hf_gatelora.evaluation.suite import ClassifierSuite, EvalSet
@@ -32,7 +33,6 @@ from hf_gatelora.export import scale_adapter, scaled
 
 # isort: split
 import compare
-import data as sources
 import methods
 import report
 import tasks

@@ -1,4 +1,4 @@
-"""The CLIP recipe: data from any source, bad data, modes, outputs; and the `gatelora` command."""
+"""The CLIP recipe: data from any source, bad data, modes, outputs."""
 
 import json
 from types import SimpleNamespace
@@ -12,11 +12,10 @@ from peft import PeftModel
 from transformers import CLIPModel
 from world import NAMES, ROOT, TASKS, TinyClip, dataset, parse, png, words
 
-from hf_gatelora.cli import main as gatelora
+from hf_gatelora.evaluation import images as sources
 from hf_gatelora.evaluation.results import Results, read_results
 
 # isort: split
-import data as sources
 import methods
 
 
@@ -213,17 +212,3 @@ def test_results_file_is_whole_after_every_row(tmp_path):
         assert [r["value"] for r in rows] == [0.5, 0.25][: len(rows)]
     assert rows[-1]["seed"] == 1
     assert [f.name for f in results.path.parent.iterdir()] == ["results.jsonl"]
-
-
-def test_gatelora_inspect(run, tmp_path, capsys):
-    output, _ = run()
-    assert gatelora(["inspect", str(output / "gated"), "--map", str(tmp_path / "map.png")]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith("4 of 18 blocks open (22.2%)")
-    assert (tmp_path / "map.png").stat().st_size > 1000
-    assert gatelora(["inspect", str(output / "gated"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["open"] == 4
-    assert gatelora(["inspect", str(tmp_path)]) == 2
-    assert "no readable gates.json" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        gatelora([])

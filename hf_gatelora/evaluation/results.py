@@ -59,6 +59,31 @@ def read_results(path: str | os.PathLike) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+def update_results(rows: list[dict], path: str | os.PathLike) -> None:
+    """Add rows to a results file; those of the same measurement (method, set, metric, scale) are replaced.
+
+    Rows of a set of the same name from another source are dropped: they cannot be compared with the new ones.
+
+    Raises:
+        ValueError: where the file cannot be read.
+    """
+
+    def measured(row: dict) -> tuple:
+        return tuple(row.get(key) for key in ("method", "role", "data", "metric", "wise"))
+
+    try:
+        before = read_results(path) if Path(path).is_file() else []
+    except ValueError as error:
+        raise ValueError(f"{path} is no results file, and is left as it is ({error}).") from error
+    new, sources = {measured(row) for row in rows}, {(row["role"], row["data"]): row["split"] for row in rows}
+    kept = [
+        row
+        for row in before
+        if measured(row) not in new and sources.get((row["role"], row["data"]), row["split"]) == row["split"]
+    ]
+    write_results([*kept, *rows], path)
+
+
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
     found = {"python": platform.python_version()}

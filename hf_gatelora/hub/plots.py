@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ..layer import split_layer
+from ..inspection import grids
 
 
 def gate_map(summary: dict, path: str | os.PathLike) -> None:
@@ -18,44 +18,39 @@ def gate_map(summary: dict, path: str | os.PathLike) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    towers: dict[str, dict[tuple[str, str], dict]] = {}
-    for block in summary["blocks"]:
-        for module in block["modules"]:
-            tower, layer, leaf = split_layer(module)
-            towers.setdefault(tower, {})[layer, leaf] = block
-
+    block_of = {module: block for block in summary["blocks"] for module in block["modules"]}
+    towers = grids(list(block_of))
     tau = summary["config"]["tau"]
     scores = [block["score"] for block in summary["blocks"]]
     spread = max(max(scores) - tau, tau - min(scores), 0.05)
     norm = TwoSlopeNorm(tau, tau - spread, tau + spread)
-    shapes = [
-        (list(dict.fromkeys(key[0] for key in cells)), list(dict.fromkeys(key[1] for key in cells)))
-        for cells in towers.values()
-    ]
     figure = Figure(
         figsize=(
-            1.6 + sum(0.75 * len(leaves) + 1.0 for _, leaves in shapes),
-            2.2 + 0.38 * max(len(layers) for layers, _ in shapes),
+            1.6 + sum(0.75 * len(tower.columns) + 1.0 for tower in towers),
+            2.2 + 0.38 * max(len(tower.layers) for tower in towers),
         ),
         dpi=150,
         layout="constrained",
     )
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(towers), squeeze=False, width_ratios=[len(leaves) + 0.5 for _, leaves in shapes])[0]
-    for axis, (tower, cells), (layers, leaves) in zip(axes, towers.items(), shapes, strict=True):
-        grid = [
-            [cells[layer, leaf]["score"] if (layer, leaf) in cells else float("nan") for leaf in leaves]
-            for layer in layers
-        ]
-        image = axis.imshow(grid, cmap="RdBu_r", norm=norm, aspect="auto", origin="lower")
-        for (layer, leaf), block in cells.items():
+    axes = figure.subplots(1, len(towers), squeeze=False, width_ratios=[len(t.columns) + 0.5 for t in towers])[0]
+    for axis, (tower, layers, columns, modules) in zip(axes, towers, strict=True):
+        cells = {place: block_of[module] for place, module in modules.items()}
+        image = axis.imshow(
+            [[cells.get((layer, name), {"score": float("nan")})["score"] for name in columns] for layer in layers],
+            cmap="RdBu_r",
+            norm=norm,
+            aspect="auto",
+            origin="lower",
+        )
+        for (layer, name), block in cells.items():
             if block["open"]:
-                corner = (leaves.index(leaf) - 0.46, layers.index(layer) - 0.44)
+                corner = (columns.index(name) - 0.46, layers.index(layer) - 0.44)
                 axis.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, edgecolor="black", linewidth=2))
-        axis.set_xticks(range(len(leaves)), leaves, rotation=40, ha="right", fontsize=8)
+        axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=8)
         axis.set_yticks(range(len(layers)), layers, fontsize=8)
         axis.set_ylabel("layer")
-        axis.set_title(tower or "model", fontsize=9)
+        axis.set_title(tower, fontsize=9)
     figure.colorbar(image, ax=axes, label=f"score (tau = {tau:g})", shrink=0.9)
     figure.suptitle(f"Gates: {summary['open']} of {summary['gates']} open (framed)", fontsize=10)
     _save(figure, path)

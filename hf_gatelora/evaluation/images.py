@@ -1,4 +1,4 @@
-"""Image data from any source: files, folders, the Hub, the toy world."""
+"""Image data from any source: files, folders, the Hub."""
 
 import re
 from collections.abc import Callable
@@ -6,19 +6,18 @@ from io import BytesIO
 from pathlib import Path
 
 import torch
-import toy_world
 from datasets import ClassLabel, Image, load_dataset, load_from_disk
 from PIL import Image as PILImage
 
-TOY = "toy"
+from .suite import EvalSet
 
 
 def load_images(source: str):
     """Load a data set with images, without decoding them.
 
     Args:
-        source: `toy:SET`, a parquet or arrow file, a folder that `Dataset.save_to_disk` wrote, a folder of images, or a
-            Hub id; a split may follow a colon (`user/data:test`), the default is `train`.
+        source: a parquet or arrow file, a folder that `Dataset.save_to_disk` wrote, a folder of images, or a Hub id; a
+            split may follow a colon (`user/data:test`), the default is `train`.
 
     Returns:
         A `datasets.Dataset` with the column `image` not decoded, the name of the image column, and, of a data set of
@@ -27,8 +26,6 @@ def load_images(source: str):
     Raises:
         ValueError: where nothing is found, or there is not exactly one image column.
     """
-    if source.startswith(f"{TOY}:"):
-        source = str(toy_world.ensure_world() / "data" / f"{source.removeprefix(f'{TOY}:')}.parquet")
     origin = {}
     path, _, split = source.rpartition(":") if ":" in source and not Path(source).exists() else (source, "", "")
     file = Path(path)
@@ -157,3 +154,38 @@ def parse_named_sources(field: str, entries: list[str] | None) -> dict[str, str]
             raise ValueError(f"--{field} {entry!r}: give name=source, each name once.")
         named[name] = source
     return named
+
+
+def eval_sets(
+    role: str,
+    named: dict[str, str],
+    load: Callable[[str, list[str] | None], LabelledImages],
+    class_names: list[str] | None = None,
+    banks: dict[str, str] | None = None,
+    retrieval: bool = False,
+) -> list[EvalSet]:
+    """Sources as sets of a suite.
+
+    Args:
+        role: of the sets.
+        named: sources by name.
+        load: makes images of a source and the classes that its labels index (None: its own).
+        class_names: these classes.
+        banks: by name of a set, the source of the labelled images that vote on it (k-NN); other names are not used.
+        retrieval: whether labels are left out where there are captions.
+
+    Raises:
+        ValueError: where a set is its own bank.
+    """
+    sets = []
+    for name, source in named.items():
+        images, bank = load(source, class_names), None
+        if name in (banks or {}):
+            if banks[name] == source:
+                raise ValueError(f"The bank of {name!r} is that set itself, {source}: give other images.")
+            others = load(banks[name], images.class_names)
+            bank = EvalSet(role, name, others, banks[name], others.labels, others.class_names)
+        labels = None if retrieval and images.captions else images.labels
+        known = (images.class_names, images.captions, bank)
+        sets.append(EvalSet(role, name, images, source, labels, *known, **images.origin))
+    return sets

@@ -1,0 +1,172 @@
+"""The `gatelora` command: its arguments. What the commands do is in the files beside this one, imported when called."""
+
+import argparse
+import json
+import logging
+import sys
+from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
+
+DESCRIPTION = "Gated LoRA: look at models and adapters, measure them, and make other adapters or models of them."
+EPILOG = """
+An ADAPTER is a folder or a Hub id, of this package or any other LoRA of PEFT; a MODEL likewise.
+Every command takes --json, for machines. Exit status: 0 done, 1 a check or a push failed, 2 bad input.
+Each command has more help: gatelora inspect --help
+"""
+SOURCES = """
+A SOURCE of images is a Hub id, a folder of images, a folder that save_to_disk wrote, or a parquet or arrow file, with
+an optional :split. Its labels are class names: a ClassLabel column, or strings.
+
+  gatelora evaluate outputs/gated --id user/sketches:test --ood photo=user/photos:test --retention old=user/old:test
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    module, _, name = arguments.run.partition(":")
+    try:
+        with messages():
+            report, text, status = getattr(import_module(f".{module}", __name__), name)(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        print(f"gatelora: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(report, indent=1) if arguments.json else text)
+    return status
+
+
+@contextmanager
+def messages():
+    """Within this context the warnings of this package and all prints go to stderr; other libraries do not warn."""
+    own, others, handler = logging.getLogger("hf_gatelora"), logging.getLogger(), logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("gatelora: %(message)s"))
+    before = own.propagate, own.level, others.level
+    own.addHandler(handler)
+    own.propagate = False
+    own.setLevel(logging.WARNING)
+    others.setLevel(logging.ERROR)
+    try:
+        with redirect_stdout(sys.stderr):  # nothing but the answer goes to stdout, whatever libraries have to say
+            yield
+    finally:
+        own.removeHandler(handler)
+        own.propagate = before[0]
+        own.setLevel(before[1])
+        others.setLevel(before[2])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(prog="gatelora", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, run: str, summary: str, epilog: str = "") -> argparse.ArgumentParser:
+        description = f"{summary[0].upper()}{summary[1:]}."
+        command = commands.add_parser(name, help=summary, description=description, epilog=epilog, formatter_class=raw)
+        command.set_defaults(run=run)
+        command.add_argument("--json", action="store_true", help="print the answer as JSON")
+        return command
+
+    command = add("doctor", "doctor:doctor", "which blocks of a model would be gated, and what can be launched here")
+    command.add_argument("model", metavar="MODEL", nargs="?", help="Hub id or folder; its weights are not loaded")
+    command.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="as in LoraConfig; default: hf_gatelora.lora_targets(model)"
+    )
+    command.add_argument(
+        "--budget", type=_budget, default=0.05, help='fraction to keep open, or JSON {"regex": fraction}; default 0.05'
+    )
+    command.add_argument("--rank", type=_positive, default=16, help="of LoRA; default 16")
+
+    command = add("inspect", "inspect:inspect", "the gates, blocks and sizes of an adapter or checkpoint")
+    command.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id of an adapter or checkpoint")
+    command.add_argument("other", metavar="OTHER", nargs="?", help="a second one: also report which blocks both have")
+    command.add_argument("--map", metavar="PNG", help="also draw the gate map to this file")
+
+    command = add("evaluate", "evaluate:evaluate", "measure an adapter beside its base: ID, OOD, retention", SOURCES)
+    command.add_argument("adapter", metavar="ADAPTER")
+    _base(command)
+    command.add_argument("--id", metavar="SOURCE", help="images of what it was tuned on, not seen in training")
+    named = {"nargs": "+", "action": "extend", "metavar": "NAME=SOURCE"}
+    command.add_argument("--ood", **named, help="sets with the same classes in another domain")
+    command.add_argument("--retention", **named, help="sets of what the base could do before")
+    command.add_argument("--bank", **named, help="labelled images that vote in k-NN on the set of that name")
+    command.add_argument(
+        "--head-label-map",
+        **{**named, "metavar": "NAME=FILE"},
+        help="JSON {class of that retention set: output of the published head}",
+    )
+    command.add_argument("--wise", type=float, nargs="+", default=[], metavar="SCALE", help="also measure at scales")
+    command.add_argument("--prompt", default="a photo of a {}", help='CLIP: class prompt; default "a photo of a {}"')
+    command.add_argument("--templates", choices=("simple", "openai"), help="CLIP: an ensemble of prompts instead")
+    command.add_argument(
+        "--retrieval", action="store_true", help="CLIP: measure ID and OOD sets that have captions by retrieval"
+    )
+    command.add_argument("--label-column", default="label", metavar="NAME", help="default: label")
+    command.add_argument("--caption-column", default="caption", metavar="NAME", help="default: caption")
+    command.add_argument("--knn-k", type=_positive, default=20, metavar="K", help="neighbours that vote; default 20")
+    command.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default 64")
+    command.add_argument("--device", help="default: a GPU where there is one")
+    command.add_argument(
+        "--output",
+        metavar="FILE",
+        help="results file; default: results.jsonl in the adapter's folder. Rows of the "
+        "same measurements are replaced, others stay",
+    )
+
+    command = add("fold", "adapters:fold", "write a checkpoint as a stock adapter, with its open blocks only")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, from before or after the freeze")
+    command.add_argument("output", metavar="OUTPUT", help="folder to write")
+
+    command = add("merge", "adapters:merge", "write the base model with an adapter merged into it, and its processor")
+    command.add_argument("adapter", metavar="ADAPTER")
+    command.add_argument("output", metavar="OUTPUT", help="folder to write")
+    _base(command)
+    command.add_argument(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: that of the base"
+    )
+
+    command = add("wise", "adapters:wise", "write an adapter between the base (scale 0) and itself (1): WiSE-FT")
+    command.add_argument("adapter", metavar="ADAPTER")
+    command.add_argument("scale", metavar="SCALE", type=float)
+    command.add_argument("output", metavar="OUTPUT", help="folder to write")
+    _base(command, "needed where the adapter has a head")
+
+    command = add("combine", "adapters:combine", "write the weighted sum of adapters as one, on all their blocks")
+    command.add_argument("adapters", metavar="ADAPTER[=WEIGHT]", nargs="+", help="weight: default 1, may be negative")
+    command.add_argument("output", metavar="OUTPUT", help="folder to write")
+    _base(command, "needed where adapters have heads whose weights do not sum to 1")
+
+    command = add("card", "adapters:card", "write the model card of an adapter's folder anew, from its files")
+    command.add_argument("adapter", metavar="ADAPTER", help="folder")
+
+    command = add("push", "adapters:push", "put an adapter's folder on the Hub, with its card")
+    command.add_argument("adapter", metavar="ADAPTER", help="folder")
+    command.add_argument("repo", metavar="REPO", help="user/name")
+    command.add_argument("--private", action="store_true", default=None, help="where the repository is new")
+    command.add_argument("--revision", metavar="BRANCH")
+    command.add_argument("--message", metavar="TEXT", help="of the commit")
+    command.add_argument("--create-pr", action="store_true", help="open a pull request in place of a commit")
+    return top
+
+
+def _base(command: argparse.ArgumentParser, when: str = "default: the one that the adapter names") -> None:
+    command.add_argument("--model", metavar="MODEL", help=f"folder or Hub id of the base model; {when}")
+
+
+def _budget(text: str) -> float | dict[str, float]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if isinstance(value, bool) or not isinstance(value, (int, float, dict)):
+        raise argparse.ArgumentTypeError(f'{text!r} is neither a number nor JSON such as {{"vision": 0.1, "text": 0}}')
+    return value
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)

@@ -1,0 +1,114 @@
+"""The commands that make something of adapters: fold, merge, wise, combine, card and push."""
+
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from ..inspection import Adapter, find_adapter, inspect_adapter
+from .inspect import describe
+
+
+def fold(arguments: Namespace) -> tuple[dict, str, int]:
+    """Write a checkpoint as a stock adapter."""
+    from ..export import fold_checkpoint
+
+    checkpoint = find_adapter(arguments.checkpoint)
+    fold_checkpoint(checkpoint, arguments.output)
+    return _written(arguments.output)
+
+
+def merge(arguments: Namespace) -> tuple[dict, str, int]:
+    """Write the base model with an adapter merged in."""
+    import torch
+
+    from ..bases import merge_adapter
+
+    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    model = merge_adapter(inspect_adapter(arguments.adapter), arguments.output, arguments.model, dtype)
+    report = {"output": arguments.output, "class": type(model).__name__, "dtype": str(model.dtype).split(".")[1]}
+    size = sum(file.stat().st_size for file in Path(arguments.output).iterdir() if file.is_file())
+    report |= {"parameters": model.num_parameters(), "bytes": size}
+    text = f"Merged into a {report['class']} of {report['parameters']:,} parameters in {report['dtype']}"
+    return report, f"{text}: {arguments.output} ({size:,} bytes)", 0
+
+
+def wise(arguments: Namespace) -> tuple[dict, str, int]:
+    """Write an adapter between its base and itself."""
+    from ..export import scale_adapter
+
+    adapter = inspect_adapter(arguments.adapter)
+    scale_adapter(adapter.folder, arguments.scale, arguments.output, _base_of([adapter], arguments.model))
+    return _written(arguments.output, scale=arguments.scale)
+
+
+def combine(arguments: Namespace) -> tuple[dict, str, int]:
+    """Write the weighted sum of adapters as one."""
+    from ..combine import combine_adapters
+
+    sources, weights = zip(*map(_weighted, arguments.adapters), strict=True)
+    adapters = [inspect_adapter(source) for source in sources]
+    base = _base_of(adapters, arguments.model)
+    combine_adapters([adapter.folder for adapter in adapters], list(weights), arguments.output, base)
+    return _written(arguments.output, weights=dict(zip(sources, weights, strict=True)))
+
+
+def card(arguments: Namespace) -> tuple[dict, str, int]:
+    """Write the card of an adapter anew."""
+    from ..hub.card import write_card
+
+    path = write_card(_local(arguments.adapter))
+    return {"card": str(path)}, str(path), 0
+
+
+def push(arguments: Namespace) -> tuple[dict, str, int]:
+    """Put an adapter on the Hub."""
+    from ..hub.push import push_adapter
+
+    try:
+        url = push_adapter(
+            _local(arguments.adapter),
+            arguments.repo,
+            private=arguments.private,
+            revision=arguments.revision,
+            commit_message=arguments.message,
+            create_pr=arguments.create_pr,
+        )
+    except RuntimeError as error:
+        print(f"gatelora: {error}", file=sys.stderr)
+        return {"error": str(error)}, "", 1
+    return {"url": url}, url, 0
+
+
+def _local(source: str) -> Path:
+    folder = find_adapter(source)
+    if not Path(source).is_dir():
+        raise ValueError(f"{source} is no folder here.")
+    return folder
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    source, equals, weight = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    try:
+        return source, float(weight)
+    except ValueError as error:
+        raise ValueError(f"{text}: {weight!r} is no number. Give ADAPTER=WEIGHT, for instance {source}=0.5.") from error
+
+
+def _base_of(adapters: list[Adapter], model: str | None):
+    """The base that --model names, for the heads of adapters; None where it was not given, or they have none."""
+    adapter = next((adapter for adapter in adapters if adapter.heads), None)
+    if adapter is None or model is None:
+        return None
+    from ..bases import load_base
+
+    base, new_head = load_base(adapter, model)
+    if new_head:
+        raise ValueError(f"--model {model} does not have the head of {adapter.folder} ({', '.join(adapter.heads)}).")
+    return base
+
+
+def _written(output: str, **more) -> tuple[dict, str, int]:
+    adapter = inspect_adapter(output)
+    return {**adapter.report(), **more}, f"{describe(adapter)}\nWritten to {output}", 0

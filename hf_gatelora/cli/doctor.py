@@ -1,0 +1,81 @@
+"""`gatelora doctor`."""
+
+from argparse import Namespace
+from collections import Counter
+
+from ..doctor import examine_environment, examine_model
+from ..inspection import grids
+from .text import table
+
+
+def doctor(arguments: Namespace) -> tuple[dict, str, int]:
+    """What gating a model would do, and what this machine can launch."""
+    found = None
+    if arguments.model is not None:
+        found = examine_model(arguments.model, arguments.target_modules, arguments.budget, arguments.rank)
+    environment = examine_environment()
+    text = [describe_model(found, arguments.budget)] if found else []
+    problems = found["problems"] if found else []
+    report = {"model": found, "environment": environment}
+    return report, "\n\n".join([*text, describe_environment(environment)]), 1 if problems else 0
+
+
+def describe_model(found: dict, budget: float | dict[str, float]) -> str:
+    """The report on a model as text."""
+    lines = [f"{found['class']} {found['model']}: {found['parameters']:,} parameters"]
+    if "blocks" in found:
+        targets = found["target_modules"]
+        targets = "lora_targets(model)" if targets == "lora_targets" else ", ".join(targets)
+        lines.append(f"{found['gates']} blocks would be gated (LoRA of rank {found['r']} on {targets}):")
+        columns = list(dict.fromkeys(column for counts in found["blocks"].values() for column in counts))
+        rows = [
+            [tower, *[str(counts.get(column, "-")) for column in columns], str(sum(counts.values()))]
+            for tower, counts in found["blocks"].items()
+        ]
+        lines.append(table([["", *columns, "blocks"], *rows], "  "))
+        inside = Counter(f"{g.tower} {column}" for g in grids(found["left_out"]["inside"]) for _, column in g.cells)
+        for where, names in {
+            "Left out, as heads, projections and embeddings are": found["left_out"]["outside"],
+            "Left out inside of the layers": [f"{name} (x{count})" for name, count in inside.items()],
+        }.items():
+            if names:
+                lines.append(f"{where}: {', '.join(names)}")
+        if found["heads"]:
+            lines.append(f"WARNING: heads or projections would be gated as well: {', '.join(found['heads'])}")
+    if "budget" in found:
+        for part, count in found["budget"].items():
+            share = budget[part] if isinstance(budget, dict) else budget
+            which = f" on {part!r}" if isinstance(budget, dict) else ""
+            lines.append(f"A budget of {share:g}{which} keeps {count['open']} of {count['gates']} blocks open.")
+        lines.append(
+            f"Trainable: {found['lora_parameters']:,} LoRA parameters, about {found['open_parameters']:,} after the "
+            f"freeze. The smallest budget that opens a block is {found['smallest_budget']:g}."
+        )
+    return "\n".join([*lines, *[f"PROBLEM: {problem}" for problem in found["problems"]]])
+
+
+def describe_environment(found: dict) -> str:
+    """The report on the machine as text."""
+    versions = [f"{name} {version}" for name, version in found["versions"].items() if version]
+    missing = [name for name, version in found["versions"].items() if not version]
+    lines = ["Installed: " + ", ".join(versions) + (f". Not installed: {', '.join(missing)}" if missing else "")]
+    devices = Counter(found["accelerator"]["devices"])
+    bf16 = {True: ", with bf16", False: ", without bf16"}.get(found["accelerator"]["bf16"], "")
+    names = ", ".join(f"{count} x {name}" for name, count in devices.items())
+    lines.append(f"Accelerators: {names or 'none'}{bf16}")
+    config = found["accelerate_config"]
+    if config is None:
+        lines.append("No config file of accelerate: launch with --config_file accelerate_configs/NAME.yaml")
+    else:
+        said = ", ".join(f"{key} {value}" for key, value in config.items() if key != "file" and value is not None)
+        lines.append(f"Config file of accelerate: {config['file']} ({said})")
+    if found["mpi"] is None:
+        mine = config is not None and config["distributed_type"] == "MULTI_CPU"
+        lines.append(
+            f"{'WARNING: n' if mine else 'N'}o MPI: distributed_type MULTI_CPU would start a single process without a "
+            "word; multi_cpu.yaml works without it"
+        )
+    lines.append("Which of accelerate_configs/ work here:")
+    rows = [[name, "yes" if why is None else f"no: {why}"] for name, why in found["launchers"].items()]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([*lines, *[f"  {name.ljust(width)}  {text}" for name, text in rows]])

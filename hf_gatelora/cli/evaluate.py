@@ -1,0 +1,58 @@
+"""`gatelora evaluate`."""
+
+from argparse import Namespace
+from pathlib import Path
+
+from ..evaluation.adapter import evaluate_adapter
+from ..evaluation.images import parse_named_sources
+from ..evaluation.templates import prompt_templates
+from .text import table
+
+ROLES = {"id": "ID", "ood": "OOD", "retention": "retention"}
+
+
+def evaluate(arguments: Namespace) -> tuple[list[dict], str, int]:
+    """Measure an adapter beside its base."""
+    output = arguments.output
+    if output is None:
+        if not Path(arguments.adapter).is_dir():
+            raise ValueError(f"{arguments.adapter} is no folder that results could be written to: give --output FILE.")
+        output = Path(arguments.adapter) / "results.jsonl"
+    named = {name: parse_named_sources(name, getattr(arguments, name)) for name in ("ood", "retention", "bank")}
+    rows = evaluate_adapter(
+        arguments.adapter,
+        model=arguments.model,
+        id=arguments.id,
+        **named,
+        head_label_map=parse_named_sources("head-label-map", arguments.head_label_map),
+        templates=prompt_templates(arguments.templates) if arguments.templates else [arguments.prompt],
+        retrieval=arguments.retrieval,
+        scales=arguments.wise,
+        label_column=arguments.label_column,
+        caption_column=arguments.caption_column,
+        k=arguments.knn_k,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        output=output,
+    )
+    then = "" if arguments.output else f"; gatelora card {arguments.adapter} puts it on the card"
+    return rows, f"{describe_results(rows)}\n\nIn %, with the change against the base. Written to {output}{then}", 0
+
+
+def describe_results(rows: list[dict]) -> str:
+    """One line per set and metric, one column per method and scale."""
+    cells: dict[tuple, dict[str, float]] = {}
+    for row in sorted(rows, key=lambda row: list(ROLES).index(row["role"])):
+        line = (f"{ROLES[row['role']]} {row['data']}", row["metric"], f"{row['n']:,}")
+        method = row["method"] + (f" x {row['wise']:g}" if "wise" in row else "")
+        cells.setdefault(line, {})[method] = 100 * row["value"]
+    methods = list(dict.fromkeys(["base", *(method for found in cells.values() for method in found)]))
+
+    def cell(found: dict[str, float], method: str) -> str:
+        if method not in found:
+            return "not measured"
+        change = f" ({found[method] - found['base']:+.1f})" if "base" in found and method != "base" else ""
+        return f"{found[method]:.1f}{change}"
+
+    lines = [[*line, *[cell(found, method) for method in methods]] for line, found in cells.items()]
+    return table([["set", "metric", "n", *methods], *lines])

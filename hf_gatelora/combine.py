@@ -1,0 +1,121 @@
+"""Several adapters as one: a stock adapter on the union of their blocks."""
+
+import os
+import re
+from pathlib import Path
+
+import torch
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from . import layer as seam
+from .export import check_scalable, read_adapter, write_stock
+
+# What a sum of updates B A cannot express.
+UNSUPPORTED = ("lora_bias", "target_parameters", "trainable_token_indices", "layer_replication")
+
+
+def combine_adapters(
+    directories: list[str | os.PathLike],
+    weights: list[float],
+    output: str | os.PathLike,
+    base: torch.nn.Module | None = None,
+) -> None:
+    """Write a stock adapter whose update of the base is the weighted sum of those of several LoRA adapters.
+
+    It is on the union of their blocks. Where several adapters have a block their matrices are joined along the rank,
+    and all blocks are padded with zeros to the largest rank, so that the sum is exact. PEFT's own
+    `add_weighted_adapter(..., combination_type="cat")` gives the same in memory, except with heads, rsLoRA and
+    `exclude_modules`, which it refuses or gets wrong (seen in 0.21).
+
+    Args:
+        directories: stock LoRA adapters on one base model.
+        weights: one number for each, also negative.
+        output: another folder.
+        base: the base model, where adapters have heads in `modules_to_save` whose weights do not sum to 1: a head is
+            the base's plus the weighted sum of its changes.
+
+    Raises:
+        ValueError: where numbers and folders do not fit, an adapter cannot be read or is not plain LoRA, they name
+            different base models, have blocks or heads of different shapes, or heads and there is no base that fits.
+    """
+    directories, output = [Path(directory) for directory in directories], Path(output)
+    if not directories or len(directories) != len(weights):
+        raise ValueError(f"{len(directories)} adapters and {len(weights)} weights: give one weight for each adapter.")
+    if output.resolve() in [directory.resolve() for directory in directories]:
+        raise ValueError(f"{output} is one of the adapters to combine: give another folder.")
+    configs, tensors = zip(*map(read_adapter, directories), strict=True)
+    for directory, config in zip(directories, configs, strict=True):
+        check_scalable(config, str(directory))
+        if used := [field for field in UNSUPPORTED if config.get(field)]:
+            raise ValueError(f"{directory} uses {', '.join(used)}, which cannot be combined.")
+    bases = dict.fromkeys(str(config.get("base_model_name_or_path")) for config in configs)
+    if len(bases) > 1:
+        raise ValueError(
+            f"The adapters are on different base models, {' and '.join(bases)}. If these are copies of one, write the "
+            "same base_model_name_or_path into each adapter_config.json."
+        )
+
+    combined: dict[str, Tensor] = {}
+    scaling = None  # that of the first block is kept for all, so that one adapter at weight 1 stays as it is
+    for key in dict.fromkeys(key for part in tensors for key in part):
+        name, axis = seam.module_of_key(key), _rank_axis(key)
+        found = [(p[key], w, c) for p, w, c in zip(tensors, weights, configs, strict=True) if key in p]
+        if len({tuple(n for i, n in enumerate(value.shape) if i != axis) for value, _, _ in found}) > 1:
+            shapes = ", ".join(str(tuple(value.shape)) for value, _, _ in found)
+            raise ValueError(f"{key} has the shapes {shapes}: the adapters are on other base models, or other heads.")
+        if name is None:
+            combined[key] = _head(key.removeprefix(seam.PREFIX), [(value, w) for value, w, _ in found], base)
+            continue
+        scalings = [_scaling(config, name, value.shape[axis]) for value, _, config in found]
+        scaling = scalings[0] if scaling is None else scaling
+        values = [value for value, _, _ in found]
+        if axis == 1:
+            values = [value * (w * s / scaling) for (value, w, _), s in zip(found, scalings, strict=True)]
+        combined[key] = torch.cat(values, dim=axis)
+
+    axes = {key: _rank_axis(key) for key in combined if _rank_axis(key) is not None}
+    rank = max(combined[key].shape[axis] for key, axis in axes.items())
+    for key, axis in axes.items():
+        shape = list(combined[key].shape)
+        shape[axis] = rank - shape[axis]
+        combined[key] = torch.cat([combined[key], combined[key].new_zeros(shape)], dim=axis)
+
+    modules = list(dict.fromkeys(map(seam.module_of_key, axes)))
+    fields = seam.exact_targets(modules, modules, {})
+    if any(config.get("exclude_modules") for config in configs):
+        # Some name catches more than itself, and what that is only the model knows. A pattern matches in full.
+        fields["target_modules"] = "|".join(map(re.escape, modules))
+    alpha = float(scaling * rank)
+    fields |= {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "use_rslora": False}
+    fields["modules_to_save"] = sorted({m for config in configs for m in config.get("modules_to_save") or []}) or None
+    write_stock(output, {**configs[0], **fields}, combined)
+
+
+def _rank_axis(key: str) -> int | None:
+    """The dimension of a tensor that is as long as the rank: 0 of A, 1 of B; None for a head."""
+    if seam.module_of_key(key) is None:
+        return None
+    return 0 if key.rpartition("lora_")[2].startswith(("A", "embedding_A")) else 1
+
+
+def _scaling(config: dict, name: str, rank: int) -> float:
+    """What the product B A of a module is multiplied by."""
+    alphas = config.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"])
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _head(name: str, found: list[tuple[Tensor, float]], base: torch.nn.Module | None) -> Tensor:
+    """The base's head plus the weighted sum of its changes; the base's own part cancels where the weights sum to 1."""
+    total = sum(value * weight for value, weight in found)
+    rest = 1 - sum(weight for _, weight in found)
+    if abs(rest) < 1e-9:
+        return total
+    own = {} if base is None else base.state_dict()
+    if name not in own or own[name].shape != total.shape:
+        raise ValueError(
+            f"{name} of shape {tuple(total.shape)} comes with weights that sum to {1 - rest:g}: pass the base model "
+            "whose head it replaces, to add its changes to that."
+        )
+    return total + rest * own[name].to(total)

@@ -1,0 +1,155 @@
+"""What gating a model would do, and what this machine can launch, without loading or training anything."""
+
+import os
+import shutil
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate.commands.config.config_args import default_config_file
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from . import layer as seam
+from .bases import empty_model, load_config, quiet
+from .blocks import find_towers, open_counts
+from .config import GateConfig
+from .evaluation.results import PACKAGES, package_versions
+from .gates import smallest_fraction
+from .inspection import grids
+from .targets import linear_layers, lora_targets, outside_of_layers
+
+OPTIONAL = ("deepspeed", "open_clip_torch", "bitsandbytes")
+
+
+def examine_model(
+    model: str | os.PathLike | nn.Module,
+    target_modules: list[str] | None = None,
+    budget: float | dict[str, float] = 0.05,
+    r: int = 16,
+) -> dict:
+    """Which blocks of a model would be gated, what is left out, and what a budget opens.
+
+    Args:
+        model: folder or Hub id, of which only the config is read; or a model, which is then adapted in place.
+        target_modules: as in `LoraConfig`; None takes `lora_targets(model)`.
+        budget: `target_active` of `GateConfig`.
+        r: rank.
+
+    Returns:
+        Plain JSON types. `blocks`: their number by tower and name of the module; `heads`: those of them that lie
+        outside of the repeated layers; `left_out`: linear layers without a block, `inside` and `outside` of those
+        layers. `gates`: number of blocks; `smallest_budget`: the least fraction that opens one; `budget`: `open` and
+        `gates` of each part; `open`: blocks that it opens. `lora_parameters`: of all blocks, and `open_parameters`, of
+        as many as the budget opens, on average. `problems`: what would fail; with it other fields may be missing.
+
+    Raises:
+        ValueError: where the model's config cannot be read.
+    """
+    if not isinstance(model, nn.Module):
+        name, model = str(model), empty_model(load_config(model))
+    else:
+        name = type(model).__name__
+    problems: list[str] = []
+    report = {"model": name, "class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
+    report |= {"target_modules": target_modules or "lora_targets", "r": r, "problems": problems}
+    layers = linear_layers(model)
+    try:
+        targets = list(target_modules or lora_targets(model))
+        if missing := seam.missing_targets(model, targets):
+            problems.append(seam.explain_missing(model, missing))
+        targets = [target for target in targets if target not in missing]
+        if not targets:
+            return report
+        config = LoraConfig(r=r, lora_alpha=r, target_modules="all-linear" if targets == ["all-linear"] else targets)
+        with quiet():
+            adapted = get_peft_model(model, config)
+        adapters = seam.lora_layers(adapted, "default")
+    except (TypeError, ValueError) as error:
+        problems.append(str(error))
+        return report
+
+    kinds = {grid.tower: Counter(column for _, column in grid.cells) for grid in grids(list(adapters))}
+    left_out = [name for name in layers if name not in adapters]
+    report["blocks"] = {tower: dict(counts) for tower, counts in kinds.items()}
+    report["heads"] = outside_of_layers(adapted, list(adapters))
+    report["left_out"] = {
+        "inside": [name for name in left_out if layers[name]],
+        "outside": [name for name in left_out if not layers[name]],
+    }
+    count = len(adapters)
+    parameters = sum(seam.multiplications(layer, "default")[0] for layer in adapters.values())
+    report |= {"gates": count, "smallest_budget": smallest_fraction(count), "lora_parameters": parameters}
+    try:
+        config = GateConfig(target_active=budget)
+        towers = find_towers({name: [name] for name in adapters}, config)
+        parts = [
+            {"open": opened, "gates": len(members)} for members, opened in open_counts(towers, count, config) or []
+        ]
+    except ValueError as error:
+        problems.append(str(error))
+        return report
+    names = list(towers) if isinstance(budget, dict) else ["all"]
+    report["budget"] = dict(zip(names, parts, strict=True))
+    opened = sum(part["open"] for part in parts)
+    return report | {"open": opened, "open_parameters": round(parameters * opened / count)}
+
+
+def examine_environment() -> dict:
+    """What is installed here and what can be launched, as plain JSON types.
+
+    Returns:
+        `versions` of the packages, None where one is not installed; `accelerator` (type, names, `bf16`); `mpi`, the
+        path of `mpirun`; `accelerate_config`, the default file of accelerate, None where there is none;
+        `launchers`: by the name of a file in `accelerate_configs/`, None where it works, else why it does not.
+    """
+    found = package_versions()
+    versions = {name: found.get(name) for name in ("python", *PACKAGES)} | {name: _version(name) for name in OPTIONAL}
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if accelerator else 0
+    cuda = accelerator is not None and accelerator.type == "cuda"
+    names = [torch.cuda.get_device_name(i) if cuda else accelerator.type for i in range(count)]
+    file, config = Path(default_config_file), None
+    if file.is_file():
+        said = yaml.safe_load(file.read_text()) or {}
+        config = {"file": str(file)}
+        config |= {key: said.get(key) for key in ("distributed_type", "num_processes", "use_cpu", "mixed_precision")}
+    return {
+        "versions": versions,
+        "accelerator": {
+            "type": accelerator.type if accelerator else None,
+            "devices": names,
+            "bf16": torch.cuda.is_bf16_supported() if cuda else None,
+        },
+        "mpi": shutil.which("mpirun"),
+        "accelerate_config": config,
+        "launchers": _launchers(count, versions["deepspeed"] is not None),
+    }
+
+
+def _launchers(devices: int, deepspeed: bool) -> dict[str, str | None]:
+    no_gpu = None if devices else "no GPU was found"
+    zero = None
+    if not deepspeed:
+        zero = 'DeepSpeed is not installed: pip install "hf_gatelora[deepspeed]"'
+    elif shutil.which("c++") is None:
+        zero = "DeepSpeed needs a C++ compiler (c++), and none was found"
+    elif not devices:
+        zero = "no GPU was found; on the CPU set use_cpu: true in the file, and add --use_cpu to the recipe"
+    return {
+        "cpu": None,
+        "multi_cpu": None,
+        "single_gpu": no_gpu,
+        "multi_gpu": None if devices > 1 else f"needs two GPUs, found {devices}",
+        **dict.fromkeys(("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"), zero),
+        "fsdp2": no_gpu,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,231 @@
+"""Measuring an adapter beside its base: on sets named by their sources, at any scale."""
+
+import copy
+import logging
+import os
+from collections.abc import Callable
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, PreTrainedModel
+
+from ..bases import load_adapted, load_base, load_processor, load_reporting
+from ..export import check_scalable, scaled
+from ..inspection import Adapter, inspect_adapter
+from ..layer import PLAIN_INITS
+from .backbone import split_classifier
+from .images import LabelledImages, eval_sets
+from .published import classifier_suite
+from .results import Results, read_results, update_results
+from .suite import ClipSuite, Suite
+
+logger = logging.getLogger(__name__)
+
+
+def measure_base(suite: Suite, model: nn.Module, base: Callable[[], nn.Module]) -> list[dict]:
+    """Rows of the untouched base: the adapted model with its adapter disabled, where that is the same.
+
+    Args:
+        model: what was tuned.
+        base: makes the base anew; called where `model` has no adapter, or one that changed the base weights.
+    """
+    if isinstance(model, PeftModel) and model.peft_config["default"].init_lora_weights in PLAIN_INITS:
+        with model.disable_adapter():
+            return suite.measure(model, "base")
+    return suite.measure(base(), "base")
+
+
+def measure_tuned(suite: Suite, model: nn.Module, title: str, scales: list[float] = ()) -> list[dict]:
+    """Rows of a tuned model, and of its adapter at other scales (WiSE-FT), which have a field `wise`."""
+    rows = suite.measure(model, title)
+    for scale in scales:
+        with scaled(model, scale):
+            rows += [{**row, "wise": scale} for row in suite.measure(model, f"{title} x {scale:g}")]
+    return rows
+
+
+def evaluate_adapter(
+    adapter: str | os.PathLike,
+    *,
+    model: str | os.PathLike | None = None,
+    id: str | None = None,
+    ood: dict[str, str] | None = None,
+    retention: dict[str, str] | None = None,
+    bank: dict[str, str] | None = None,
+    templates: list[str] = ("a photo of a {}",),
+    retrieval: bool = False,
+    head_label_map: dict[str, str] | None = None,
+    scales: list[float] = (),
+    label_column: str = "label",
+    caption_column: str = "caption",
+    k: int = 20,
+    temperature: float = 0.07,
+    batch_size: int = 64,
+    device: str | None = None,
+    output: str | os.PathLike | None = None,
+) -> list[dict]:
+    """Measure an adapter and its base on ID, OOD and retention sets.
+
+    A `CLIPModel` is measured zero-shot or by retrieval (`ClipSuite`); an image classifier or vision backbone by its
+    head, by the head that the base was published with, and by k-NN (`ClassifierSuite`). Sources are as for
+    `load_images`. Where the adapter brought its classification head, the base is measured by a head on ID and OOD sets
+    only if `model` is given, as a copy of the base with the head that the training started from.
+
+    Args:
+        adapter: folder or Hub id of a LoRA adapter, of this package or not.
+        model: folder or Hub id of its base; None takes the one that the adapter names.
+        id: source of the ID set, called `test` in the rows.
+        ood, retention: sources by the names of the sets. OOD sets have the classes of the ID set or a part of them.
+        bank: by the name of a set, a source of labelled images whose neighbours vote on it (k-NN).
+        templates: prompts with {} for the class name.
+        retrieval: measure ID and OOD sets that have captions by retrieval, even where they have labels.
+        head_label_map: by the name of a retention set, a JSON file {class: output of the published head}.
+        scales: of the adapter, to measure besides 1 (WiSE-FT).
+        label_column, caption_column: names of these columns.
+        k, temperature: of k-NN.
+        batch_size: images per forward pass.
+        device: None takes a GPU where there is one.
+        output: results file. Rows of the same measurements are replaced, others stay; None writes nothing.
+
+    Returns:
+        The new rows: role, data, split, metric, value, n, and what every row of a results file has. `method` is `base`
+        and, for the adapter, that of the results which lie beside it, else `gated` or `lora`.
+
+    Raises:
+        ValueError: where adapter, base and sets do not go together, or nothing is to be measured.
+    """
+    arguments = {key: value for key, value in locals().items() if value and key not in ("adapter", "output")}
+    arguments = {key: str(v) if isinstance(v, os.PathLike) else v for key, v in arguments.items()}
+    if not (id or ood or retention):
+        raise ValueError("Nothing is to be measured: give an ID, OOD or retention set.")
+    if any(not 0 <= scale <= 1 for scale in scales):
+        raise ValueError(f"scales {list(scales)} are out of range: they lie between 0 (the base) and 1 (the adapter).")
+    found = inspect_adapter(adapter)
+    if scales:
+        check_scalable(found.config, str(found.folder))
+    name = str(model or found.config.get("base_model_name_or_path"))
+    base, new_head = load_base(found, model)
+    is_clip = isinstance(base, CLIPModel)
+    if not is_clip and base.main_input_name != "pixel_values":
+        raise ValueError(f"{type(base).__name__} cannot be measured: only CLIPModel and vision backbones can.")
+    published = None if is_clip else _published_head(base, new_head, name)
+    # The published head is not the one that the training of another began with.
+    headless = not is_clip and (new_head or model is None) and _brought_head(found, base)
+    if scales and headless:
+        raise ValueError(
+            f"{found.folder} brought its head, and the one that it started from is not known: it cannot be scaled. "
+            "Give as model a copy of the base that has that head."
+        )
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tuned = load_adapted(base, found).to(device)
+    processor = load_processor(AutoImageProcessor, found.folder, name)
+    if processor is None:
+        raise ValueError(f"Neither {found.folder} nor {name} has an image processor that transformers can load.")
+
+    def load(source: str, class_names: list[str] | None = None) -> LabelledImages:
+        return LabelledImages(
+            source,
+            lambda image: processor(image, return_tensors="pt")["pixel_values"][0],
+            label_column,
+            caption_column,
+            class_names,
+        )
+
+    id_sets = {"test": id} if id else {}
+    classes = None
+    if id_sets or ood:
+        classes = load(next(iter({**id_sets, **(ood or {})}.values()))).class_names
+        if classes is not None and not is_clip:
+            classes = _head_order(found, base, new_head, classes)
+    sets = eval_sets("id", id_sets, load, classes, bank, retrieval)
+    sets += eval_sets("ood", ood or {}, load, classes, bank, retrieval)
+    sets += eval_sets("retention", retention or {}, load, None, bank)
+    names = [data.name for data in sets]
+    if unknown := sorted(set(bank or {}) - set(names)):
+        raise ValueError(f"The bank {unknown[0]!r} belongs to no set: there are {', '.join(names)}.")
+    if is_clip:
+        suite: Suite = ClipSuite(
+            sets=sets, batch_size=batch_size, tokenize=_tokenizer(found, name), templates=templates
+        )
+    else:
+        knn = {"k": k, "temperature": temperature}
+        suite = classifier_suite(sets, *published, head_label_map, batch_size=batch_size, **knn)
+
+    method, seed = _identity(found)
+    base_rows = measure_base(suite, tuned, lambda: load_base(found, model)[0].to(device))
+    if headless:
+        logger.warning(
+            "The adapter brought its head: the base is not measured by a head on ID and OOD sets. To have that, give "
+            "as model a copy of the base with the head that the training started from."
+        )
+        base_rows = [row for row in base_rows if row["role"] == "retention" or row["metric"] not in ("top1", "ece")]
+    rows = [{"method": "base", **row} for row in base_rows]
+    rows += [{"method": method, **row} for row in measure_tuned(suite, tuned, method, scales)]
+    results = Results(None, model=name, seed=seed, arguments=arguments)
+    results.extend(rows)
+    if output is not None:
+        update_results(results.rows, output)
+    return results.rows
+
+
+def _head_order(found: Adapter, base: PreTrainedModel, new_head: bool, own: list[str]) -> list[str]:
+    """Names of the classes in the order of the head's outputs.
+
+    Args:
+        own: the classes of the set that the adapter is measured on; their order is taken where the head has no names.
+
+    Raises:
+        ValueError: where they are not the head's.
+    """
+    if split_classifier(base)[2] is None:
+        return own
+    count = base.config.num_labels
+    named = ((found.summary or {}).get("base_model") or {}).get("classes")
+    if named is None and not new_head:
+        named = [base.config.id2label[i] for i in range(count)]
+    if named is not None and set(own) <= set(named):
+        return named
+    if len(own) != count:
+        known = f" ({', '.join(named[:3])}, ...)" if named else ""
+        raise ValueError(
+            f"The head of {found.folder} tells {count} classes apart{known}, the set has {len(own)} "
+            f"({', '.join(own[:3])}, ...): give a set of the classes that it was trained on."
+        )
+    logger.warning("The head's classes have no known names: they are taken to be those of the set, in its order.")
+    return own
+
+
+def _brought_head(found: Adapter, base: PreTrainedModel) -> bool:
+    name = split_classifier(base)[1]
+    return name is not None and any(key.startswith(f"{name}.") for key in found.heads)
+
+
+def _published_head(base: PreTrainedModel, new_head: bool, name: str) -> tuple[nn.Module | None, dict[int, str]]:
+    """The head that the base was published with, on the CPU (None: there was none), and the names of its classes."""
+    if new_head:
+        published, random = load_reporting(type(base), name)
+        return (None, {}) if random else (split_classifier(published)[2], published.config.id2label)
+    return copy.deepcopy(split_classifier(base)[2]), base.config.id2label
+
+
+def _tokenizer(found: Adapter, name: str) -> Callable[[list[str]], dict[str, torch.Tensor]]:
+    tokenizer = load_processor(AutoTokenizer, found.folder, name)
+    if tokenizer is None:
+        raise ValueError(f"Neither {found.folder} nor {name} has a tokenizer that transformers can load.")
+
+    def tokenize(texts: list[str]) -> dict[str, torch.Tensor]:
+        encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        return {key: encoded[key] for key in ("input_ids", "attention_mask")}
+
+    return tokenize
+
+
+def _identity(found: Adapter) -> tuple[str, int | None]:
+    """Method and seed of the run that made the adapter, as far as its files tell."""
+    file = found.folder / "results.jsonl"
+    rows = read_results(file) if file.is_file() else []
+    seeds = {row["method"]: row.get("seed") for row in rows if row["method"] != "base"}
+    if len(seeds) > 1:
+        seeds = {method: seed for method, seed in seeds.items() if method == found.folder.name}
+    return next(iter(seeds.items()), ("lora" if found.summary is None else "gated", None))

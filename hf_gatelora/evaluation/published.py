@@ -1,0 +1,70 @@
+"""Measuring an image classifier beside the head that its base model was published with."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .suite import ClassifierSuite, EvalSet
+
+
+def classifier_suite(
+    sets: list[EvalSet],
+    head: nn.Module | None,
+    id2label: dict[int, str],
+    maps: dict[str, str] | None = None,
+    **settings,
+) -> ClassifierSuite:
+    """The suite of an image classifier, with the published head on those retention sets whose classes it has.
+
+    Args:
+        head: the one that the base model was published with, on the CPU; None where it had none.
+        id2label: names of its classes.
+        maps: by the name of a retention set, a file as for `head_classes`.
+        settings: for `ClassifierSuite`.
+
+    Raises:
+        ValueError: where a set has no labels, or a retention set has neither classes of that head nor a bank.
+    """
+    classes: dict[str, torch.Tensor] = {}
+    for data in sets:
+        if data.labels is None:
+            raise ValueError(f"{data.role} set {data.name!r} ({data.split}) has no labels: name their column.")
+        if data.role == "retention":
+            if head is not None:
+                classes |= head_classes(data, id2label, (maps or {}).get(data.name))
+            if data.bank is None and data.name not in classes:
+                raise ValueError(
+                    f"Retention set {data.name!r} cannot be measured: the published head does not have its classes "
+                    f"({', '.join(data.class_names[:3])}, ...), and there is no bank for k-NN. Give {data.name}=SOURCE "
+                    f"with labelled images as bank, or {data.name}=FILE as head label map."
+                )
+    return ClassifierSuite(sets=sets, original_head=head, head_classes=classes, **settings)
+
+
+def head_classes(data: EvalSet, id2label: dict[int, str], file: str | None) -> dict[str, torch.Tensor]:
+    """For each class of a set its output of the published head, by the set's name; empty where that lacks them.
+
+    Args:
+        file: JSON {class: output}, all classes by name or all by number; None compares the names.
+
+    Raises:
+        ValueError: where a file does not give every class an output.
+    """
+    names = data.class_names
+    if file is None:
+        labels = [label.lower().replace("_", " ") for label in id2label.values()]
+        places = {label: i for i, label in enumerate(labels) if labels.count(label) == 1}
+        found = [places.get(name.lower().replace("_", " ")) for name in names]
+        return {} if None in found else {data.name: torch.tensor(found)}
+    mapping = json.loads(Path(file).read_text())
+    by_name = any(name in mapping for name in names)
+    found = [mapping.get(name if by_name else str(i)) for i, name in enumerate(names)]
+    wrong = [name for name, place in zip(names, found, strict=True) if place not in range(len(id2label))]
+    if wrong:
+        raise ValueError(
+            f"{file} gives {len(wrong)} of the {len(names)} classes of {data.name!r} no output of the published head "
+            f"(first: {wrong[0]!r}; outputs are 0 to {len(id2label) - 1})."
+        )
+    return {data.name: torch.tensor(found)}

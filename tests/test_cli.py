@@ -1,0 +1,320 @@
+"""The `gatelora` command: every subcommand on adapters of the tiny world, wrong arguments included."""
+
+import json
+import subprocess
+import sys
+from types import ModuleType
+
+import matplotlib.image
+import pytest
+import torch
+from datasets import ClassLabel
+from models import FAMILIES, lora_config, outputs_of, randomize
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPModel, Dinov2ForImageClassification, Dinov2Model
+from world import NAMES, ROOT, dataset
+
+from hf_gatelora import GateConfig, attach_gates, doctor
+from hf_gatelora.cli import main
+from hf_gatelora.evaluation.results import read_results, write_results
+
+OPEN = ["vision_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.mlp.fc2"]
+
+
+@pytest.fixture(scope="module")
+def adapters(world, tmp_path_factory):
+    """A gated adapter of the tiny CLIP, its checkpoint before the freeze, and stock adapters of CLIP and DINOv2."""
+    root = tmp_path_factory.mktemp("adapters")
+    model = get_peft_model(CLIPModel.from_pretrained(world / "model"), lora_config(FAMILIES["clip"]["model"]()))
+    gates = attach_gates(model, GateConfig(target_active=2 / 18))
+    randomize(model)
+    gates.set_scores([0.2 if name in OPEN else 0.12 if "fc" in name else 0.0 for name in gates.names])
+    gates.save_folded(root / "checkpoint")
+    gates.freeze()
+    gates.save_folded(root / "gated")
+    model = get_peft_model(CLIPModel.from_pretrained(world / "model"), LoraConfig(target_modules=["fc1"], r=2))
+    randomize(model)
+    model.save_pretrained(root / "stock")
+    base = Dinov2ForImageClassification.from_pretrained(world / "dinov2")
+    model = get_peft_model(base, LoraConfig(target_modules=["fc1"], r=2, modules_to_save=["classifier"]))
+    randomize(model)
+    model.save_pretrained(root / "headed")
+    return root
+
+
+@pytest.fixture
+def gatelora(capsys):
+    """`gatelora(*words)`: exit status, stdout and stderr of the command."""
+
+    def run(*words):
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as end:  # of argparse
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def outputs(model):
+    return outputs_of(FAMILIES["clip"], model.eval())
+
+
+def test_help_is_light_and_names_every_command(gatelora):
+    code = "import sys; from hf_gatelora.cli import parser; parser().format_help(); print(set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert not [name for name in ("torch", "numpy", "transformers", "peft") if f"'{name}'" in found]
+    status, commands, _ = gatelora("--help")
+    assert status == 0
+    for command in ("doctor", "inspect", "evaluate", "fold", "merge", "wise", "combine", "card", "push"):
+        assert f"\n    {command} " in commands
+        status, out, _ = gatelora(command, "--help")
+        assert (status, "usage: gatelora" in out) == (0, True)
+
+
+def test_inspect(adapters, gatelora, tmp_path):
+    status, out, _ = gatelora("inspect", adapters / "gated", "--map", tmp_path / "map.png")
+    assert status == 0
+    assert out.startswith("2 of 18 blocks open (11.1%), phase consolidate")
+    assert matplotlib.image.imread(tmp_path / "map.png").std() > 0.05
+    lines = [line.split() for line in out.splitlines()]
+    assert ["0", *(".", ".", ".", ".", "#", ".")] in lines  # the first vision layer, where fc1 is the fifth module
+    assert ["+0.200", OPEN[0]] in lines
+    status, out, _ = gatelora("inspect", adapters / "gated", "--json")
+    report = json.loads(out)
+    assert (report["open"], report["gates"], report["r"]) == (2, 18, 4)
+    size = sum(f.stat().st_size for f in (adapters / "gated").glob("adapter_model.*"))
+    assert (report["bytes"], report["lora_parameters"]) == (size, 2 * 4 * (16 + 32))
+    status, out, _ = gatelora("inspect", adapters / "checkpoint")
+    assert "WARNING: the gates are not frozen yet; the file holds 18 modules" in out
+
+
+def test_inspect_two(adapters, gatelora):
+    status, out, _ = gatelora("inspect", adapters / "gated", adapters / "stock")
+    assert status == 0
+    assert "LoRA of rank 2, alpha 8, on 3 modules" in out
+    assert "Blocks of either that both have: 1 (25.0%)" in out
+    assert ["all", "1", "1", "2"] in [line.split() for line in out.splitlines()]
+    assert "WARNING" not in out
+    assert "they name different base models" in gatelora("inspect", adapters / "gated", adapters / "headed")[1]
+    assert json.loads(gatelora("inspect", adapters / "gated", adapters / "stock", "--json")[1])["overlap"]["both"]
+
+
+def test_fold_wise_combine_and_merge(adapters, world, gatelora, tmp_path):
+    base = world / "model"
+
+    def load(folder):
+        return outputs(PeftModel.from_pretrained(CLIPModel.from_pretrained(base), folder))
+
+    assert gatelora("fold", adapters / "checkpoint", tmp_path / "folded")[0] == 0
+    assert torch.equal(load(tmp_path / "folded"), load(adapters / "checkpoint"))
+    assert json.loads(gatelora("inspect", tmp_path / "folded", "--json")[1])["modules"].keys() == {
+        name for name, _ in CLIPModel.from_pretrained(base).named_modules() if name.endswith(("fc1", "fc2"))
+    }
+    assert gatelora("wise", adapters / "gated", "0", tmp_path / "none")[0] == 0
+    assert torch.equal(load(tmp_path / "none"), outputs(CLIPModel.from_pretrained(base)))
+    assert gatelora("combine", f"{adapters / 'gated'}=0.5", f"{adapters / 'gated'}=0.5", tmp_path / "same")[0] == 0
+    torch.testing.assert_close(load(tmp_path / "same"), load(adapters / "gated"))
+
+    assert gatelora("merge", adapters / "gated", tmp_path / "merged")[0] == 0
+    merged = AutoModel.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(outputs(merged), load(adapters / "gated"), atol=1e-4, rtol=0)
+    assert merged.state_dict().keys() == CLIPModel.from_pretrained(base).state_dict().keys()
+    words = AutoProcessor.from_pretrained(tmp_path / "merged").tokenizer("a red square")
+    assert words["input_ids"] == AutoTokenizer.from_pretrained(base)("a red square")["input_ids"]
+    _, out, _ = gatelora("merge", adapters / "stock", tmp_path / "half", "--dtype", "bfloat16", "--json")
+    assert json.loads(out)["dtype"] == "bfloat16"
+    assert AutoModel.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
+    assert not [path for path in tmp_path.rglob("*") if "tmp-" in path.name]
+
+
+def test_merge_makes_room_for_the_adapters_head(world, gatelora, tmp_path):
+    """The base has a head for four classes, or none; the adapter brings one for three."""
+    Dinov2Model.from_pretrained(world / "dinov2").save_pretrained(tmp_path / "headless")
+    settings = {"num_labels": 3, "ignore_mismatched_sizes": True}
+    for base in (world / "dinov2", tmp_path / "headless"):
+        model = Dinov2ForImageClassification.from_pretrained(base, **settings)
+        model = get_peft_model(model, LoraConfig(target_modules=["fc1"], modules_to_save=["classifier"]))
+        randomize(model)
+        model.save_pretrained(tmp_path / "three")
+        assert gatelora("merge", tmp_path / "three", tmp_path / "merged")[0] == 0
+        merged = Dinov2ForImageClassification.from_pretrained(tmp_path / "merged")
+        found = outputs_of(FAMILIES["dinov2"], merged.eval())
+        torch.testing.assert_close(found, outputs_of(FAMILIES["dinov2"], model.eval()), atol=1e-4, rtol=0)
+
+
+def test_evaluate_clip(adapters, world, gatelora, tmp_path):
+    """Against the logits of stock PEFT; rows of other measurements stay in the results file."""
+    other = {"role": "cost", "data": "train", "split": "", "metric": "adapter_bytes", "value": 1, "n": 1}
+    old = {**other, "role": "id", "data": "test", "metric": "top1"}
+    write_results([{"method": "mine", "seed": 3, **row} for row in (other, old)], adapters / "gated" / "results.jsonl")
+    line = ["--id", world / "data.parquet", "--retention", f"old={world / 'saved'}", "--prompt", "a {} square"]
+    status, out, _ = gatelora("evaluate", adapters / "gated", *line, "--wise", "0", "0.5")
+    assert status == 0
+    rows = read_results(adapters / "gated" / "results.jsonl")
+    assert rows[0] == {"method": "mine", "seed": 3, **other}
+    rows = rows[1:]
+    assert {row["method"] for row in rows} == {"base", "mine"}
+    assert {row["seed"] for row in rows} == {3}
+    assert all(row["arguments"]["id"] == str(world / "data.parquet") and row["versions"]["peft"] for row in rows)
+    values = {(r["method"], r["data"], r["metric"], r.get("wise")): r["value"] for r in rows}
+    assert len(values) == len(rows) == 16
+    for data in ("test", "old"):
+        scores = [values["mine", data, "ece", scale] for scale in (0.0, 0.5, None)]
+        assert scores[0] == values["base", data, "ece", None]
+        assert len(set(scores)) == 3
+    base = CLIPModel.from_pretrained(world / "model")
+    processor = AutoProcessor.from_pretrained(world / "model")
+    images, texts = dataset()["image"][:], [f"a {name} square" for name in NAMES]
+    inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    inputs = {key: inputs[key] for key in ("pixel_values", "input_ids", "attention_mask")}
+    labels = torch.arange(16) % 4
+    for method in ("base", "mine"):
+        model = base if method == "base" else PeftModel.from_pretrained(base, adapters / "gated")
+        with torch.no_grad():
+            logits = model.eval()(**inputs).logits_per_image
+        top1 = (logits.argmax(-1) == labels).float().mean().item()
+        assert values[method, "test", "top1", None] == pytest.approx(top1)
+        assert f"{100 * top1:.1f}" in next(line for line in out.splitlines() if line.startswith("ID test"))
+    gatelora("evaluate", adapters / "gated", *line, "--output", tmp_path / "r.jsonl")
+    assert len(read_results(tmp_path / "r.jsonl")) == 8
+
+
+def test_evaluate_a_classifier(adapters, world, gatelora, tmp_path):
+    """The base is measured by a head only where it is told which; classes are matched by name."""
+    line = ["evaluate", adapters / "headed", "--id", world / "data.parquet", "--ood", f"two={world / 'folder'}"]
+    line += ["--retention", f"old={world / 'saved'}", "--bank", f"old={world / 'data.parquet'}", "--knn-k", "3"]
+    status, out, err = gatelora(*line, "--json")
+    assert status == 0
+    assert "The adapter brought its head" in err
+    rows = {(r["method"], r["data"], r["metric"]): r for r in json.loads(out)}
+    assert {key[1:] for key in rows if key[0] == "base"} == {("old", m) for m in ("top1", "ece", "knn_top1")}
+    assert rows["lora", "two", "top1"]["n"] == 2
+    status, out, err = gatelora(*line, "--model", world / "dinov2", "--wise", "0", "--json")
+    rows = {(r["method"], r["data"], r["metric"], r.get("wise")): r["value"] for r in json.loads(out)}
+    assert rows["base", "test", "top1", None] == rows["lora", "test", "top1", 0.0]
+    assert (status, err.count("brought its head")) == (0, 0)
+    status, _, err = gatelora(*line, "--wise", "0.5")
+    assert (status, "it cannot be scaled" in err) == (2, True)
+
+
+def test_evaluate_a_backbone_without_a_head(world, gatelora, tmp_path):
+    Dinov2Model.from_pretrained(world / "dinov2").save_pretrained(tmp_path / "base")
+    AutoProcessor.from_pretrained(world / "dinov2").save_pretrained(tmp_path / "base")
+    model = get_peft_model(Dinov2Model.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["fc1"]))
+    model.save_pretrained(tmp_path / "adapter")
+    line = ["evaluate", tmp_path / "adapter", "--id", world / "saved", "--knn-k", "1", "--json"]
+    status, out, _ = gatelora(*line, "--bank", f"test={world / 'data.parquet'}")
+    assert status == 0
+    assert {(r["method"], r["metric"], r["value"]) for r in json.loads(out)} == {
+        (m, "knn_top1", 1.0) for m in ("base", "lora")
+    }
+    status, _, err = gatelora(*line)
+    assert (status, "Nothing is measured on the id set 'test'" in err) == (2, True)
+
+
+def test_doctor(world, gatelora):
+    status, out, _ = gatelora("doctor", world / "model", "--budget", '{"vision": 0.25, "text": 0}', "--rank", "4")
+    assert status == 0
+    assert "18 blocks would be gated (LoRA of rank 4 on lora_targets(model))" in out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["vision_model", *"222222", "12"] in lines
+    assert "A budget of 0.25 on 'vision' keeps 3 of 12 blocks open." in out
+    expected = get_peft_model(FAMILIES["clip"]["model"](), lora_config(FAMILIES["clip"]["model"]()))
+    trainable, _ = expected.get_nb_trainable_parameters()
+    assert f"{trainable:,} LoRA parameters" in out
+    assert "visual_projection, text_projection" in out
+    status, out, _ = gatelora("doctor", world / "dinov2", "--target-modules", "query", "fc1", "classifier")
+    assert status == 1
+    assert "'query' is called q_proj since transformers 5" in out
+    assert "target_active=0.05 of 3 gates rounds to 0 open gates" in out
+    assert "heads or projections would be gated as well: classifier" in out
+    assert "dinov2 o_proj (x2)" in out
+    status, out, _ = gatelora("doctor", world / "model", "--target-modules", "token_embedding", "--json")
+    assert (status, "cannot be gated" in json.loads(out)["model"]["problems"][0]) == (1, True)
+
+
+def test_doctor_of_the_machine(gatelora, monkeypatch, tmp_path):
+    found = json.loads(gatelora("doctor", "--json")[1])["environment"]
+    assert set(found["launchers"]) == {file.stem for file in (ROOT / "accelerate_configs").glob("*.yaml")}
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0]
+    (tmp_path / "default.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
+    monkeypatch.setattr(doctor, "default_config_file", str(tmp_path / "default.yaml"))
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "deepspeed" else "1")
+    status, out, _ = gatelora("doctor")
+    assert status == 0
+    assert "distributed_type MULTI_CPU, num_processes 2" in out
+    assert "WARNING: no MPI" in out
+    assert 'deepspeed_zero2  no: DeepSpeed is not installed: pip install "hf_gatelora[deepspeed]"' in out
+
+
+def test_card_and_push(adapters, gatelora, monkeypatch):
+    calls, card, push = [], ModuleType("card"), ModuleType("push")
+    card.write_card = lambda directory: directory / "README.md"
+
+    def push_adapter(directory, repo, **settings):
+        calls.append((directory, repo, settings))
+        if repo == "user/forbidden":
+            raise RuntimeError("the token may not write there")
+        return f"https://hub/{repo}"
+
+    push.push_adapter = push_adapter
+    monkeypatch.setitem(sys.modules, "hf_gatelora.hub.card", card)
+    monkeypatch.setitem(sys.modules, "hf_gatelora.hub.push", push)
+    assert gatelora("card", adapters / "gated")[:2] == (0, f"{adapters / 'gated' / 'README.md'}\n")
+    line = ["--private", "--revision", "v1", "--message", "first", "--create-pr"]
+    assert gatelora("push", adapters / "gated", "user/repo", *line)[:2] == (0, "https://hub/user/repo\n")
+    settings = {"private": True, "revision": "v1", "commit_message": "first", "create_pr": True}
+    assert calls == [(adapters / "gated", "user/repo", settings)]
+    status, _, err = gatelora("push", adapters / "gated", "user/forbidden")
+    assert (status, err) == (1, "gatelora: the token may not write there\n")
+    assert calls[-1][2]["private"] is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "required: COMMAND"),
+        ("inspct x", "invalid choice: 'inspct'"),
+        ("inspect {adapters}", "There is one in checkpoint, gated, headed, stock"),
+        ("inspect {adapters}/nothing/here", "no such folder"),
+        ("inspect user/repo", "is no folder, and as a repository on the Hub it cannot be had"),
+        ("inspect {adapters}/stock --map x.png", "there are no scores to draw"),
+        ("doctor {adapters}/gated", "is an adapter, not a model"),
+        ("doctor {world}/folder", "is no model that transformers can load"),
+        ("doctor {world}/model --budget 1.5", "out of range"),
+        ("doctor {world}/model --budget half", "neither a number nor JSON"),
+        ("doctor {world}/model --rank 0", "'0' is no positive whole number"),
+        ("fold {adapters}/stock {new}", "there is nothing to fold"),
+        ("merge {adapters}/gated {adapters}/stock", "holds an adapter, which would be loaded on top"),
+        ("merge {adapters}/gated {new} --model {world}/dinov2", "that is a dinov2, no CLIPModel"),
+        ("merge {adapters}/gated {new} --model {world}/nothing", "is no model that transformers can load"),
+        ("wise {adapters}/gated 1.5 {new}", "scale=1.5 is out of range"),
+        ("wise {adapters}/gated half {new}", "invalid float value: 'half'"),
+        ("wise {adapters}/headed 0.5 {new}", "pass the base model whose head it replaces"),
+        ("combine {adapters}/gated=much {new}", "'much' is no number"),
+        ("combine {adapters}/gated {adapters}/headed {new}", "are on different base models"),
+        ("evaluate {adapters}/gated", "Nothing is to be measured"),
+        ("evaluate {adapters}/gated --ood {world}/saved", "give name=source"),
+        ("evaluate {adapters}/gated --id {world}/none.parquet", "no such file or folder"),
+        ("evaluate {adapters}/gated --id {world}/saved --prompt photo", "has no {{}} for the class name"),
+        ("evaluate {adapters}/gated --id {world}/saved --wise 2", "out of range"),
+        ("evaluate {adapters}/headed --id {world}/saved --bank old={world}/saved", "The bank 'old' belongs to no set"),
+        ("evaluate user/repo --id {world}/saved", "give --output FILE"),
+    ],
+)
+def test_bad_input(adapters, world, gatelora, tmp_path, line, message):
+    known = {"adapters": adapters, "world": world, "new": tmp_path / "new"}
+    status, out, err = gatelora(*line.format(**known).split())
+    assert message.format() in err + out
+    assert status == (1 if "--budget 1.5" in line else 2)
+    assert not (tmp_path / "new").exists()
+    assert "Traceback" not in err
+
+
+def test_classes_that_the_head_does_not_have(adapters, world, gatelora, tmp_path):
+    data = dataset(4, label=ClassLabel(names=["a", "b", "c", "d", "e"]))
+    data.to_parquet(tmp_path / "other.parquet")
+    status, _, err = gatelora("evaluate", adapters / "headed", "--id", tmp_path / "other.parquet")
+    assert (status, "tells 4 classes apart (red, green, blue, ...), the set has 5" in err) == (2, True)
