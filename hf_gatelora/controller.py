@@ -302,7 +302,6 @@ class GateController:
 
     # ---- freeze -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def freeze(self) -> None:
         """Make the gates 0 or 1 for good and take the closed blocks out of the model. Idempotent.
 
@@ -315,6 +314,7 @@ class GateController:
         """
         self._freeze(rewind=False)
 
+    @torch.no_grad()
     def _freeze(self, rewind: bool) -> None:
         if self.frozen:
             return

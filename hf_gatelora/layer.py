@@ -12,7 +12,6 @@ from collections import Counter
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant, _ConvNd
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
@@ -43,6 +42,11 @@ PRESET = "Or take target_modules=hf_gatelora.lora_targets(model), the linear lay
 
 # The initialisations that leave the base weights as they are.
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+
+# PEFT's layers whose forward, merge and unmerge all ask the variant slot. By name, because those of bitsandbytes are
+# not there without it; not by isinstance, because layers of other quantised weights derive from Linear but merge past
+# the slot.
+GATEABLE = {"layer.Linear", "layer.Conv1d", "layer.Conv2d", "layer.Conv3d", "bnb.Linear8bitLt", "bnb.Linear4bit"}
 
 
 class GatedLora(LoraVariant):
@@ -146,10 +150,13 @@ def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
             f"full, as {named[0]!r} does. Leave it out, and keep the names of the other layers out of target_modules."
         )
     for name, layer in found.items():
-        if not isinstance(layer, (LoraLinear, _ConvNd)):
+        kind = f"{type(layer).__module__}.{type(layer).__name__}".removeprefix("peft.tuners.lora.")
+        if kind not in GATEABLE:
             raise TypeError(
                 f"{name}: a LoRA layer of type {type(layer).__name__} cannot be gated, only Linear and Conv layers "
-                "can. Leave it out of target_modules (and out of target_parameters)."
+                "and those of bitsandbytes (8 and 4 bit) can: PEFT's others do not ask for a gate wherever they "
+                "compute and merge, or are untested. Leave it out of target_modules (and out of target_parameters); "
+                "load a base model that is quantised another way in full precision or with BitsAndBytesConfig."
             )
         parent = model.get_submodule((PREFIX + name).rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention):
@@ -275,9 +282,10 @@ def update_norm(layer: LoraLayer, adapter: str) -> float:
 
 def multiplications(layer: LoraLayer, adapter: str) -> tuple[int, int]:
     """Multiplications per token of the adapter and of the base layer."""
-    parameters = [*lora_parameters(layer, adapter), layer.get_base_layer().weight]
-    *own, base = (sharding.whole_shape(p).numel() for p in parameters)
-    return sum(own), base
+    own = sum(sharding.whole_shape(p).numel() for p in lora_parameters(layer, adapter))
+    if isinstance(layer, _ConvNd):
+        return own, sharding.whole_shape(layer.get_base_layer().weight).numel()
+    return own, layer.in_features * layer.out_features  # weights of 4 bit are packed
 
 
 def is_merged(layer: LoraLayer) -> bool:
@@ -291,7 +299,7 @@ def fingerprint(layers: dict[str, LoraLayer]) -> str:
     for name, layer in layers.items():
         (weight,) = sharding.read([layer.get_base_layer().weight])
         head = weight.flatten()[:64]
-        head = head.float().cpu().tolist() if head.is_floating_point() and not head.is_meta else []
+        head = [] if head.is_meta else head.float().cpu().tolist()
         digest.update(repr((name, tuple(weight.shape), [f"{value:.5g}" for value in head])).encode())
     return digest.hexdigest()[:16]
 

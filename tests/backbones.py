@@ -1,5 +1,8 @@
 """The backbones of the compatibility table: how to make each, its inputs, and what is compared. No hf_gatelora."""
 
+import functools
+import tempfile
+
 import torch
 import transformers as hf
 from models import CLASSES, WIDTH, Images, class_prompt_loss, collate, prompts
@@ -55,7 +58,8 @@ def continued_tokens(rows):
     return {**batch, "labels": batch["input_ids"]}
 
 
-# Per kind of model: the inputs and the output that are compared, and what Trainer needs to train it.
+# Per kind of model: the inputs and the output that are compared, what Trainer needs to train it, and, where merging
+# rounds, how far that moves the output, as a part of its largest value.
 CLASSIFIER = {"inputs": pixels, "output": "logits", "trainer": {"data_collator": collate}}
 PAIR = {
     "inputs": lambda: {**pixels(), **prompts()},
@@ -72,6 +76,7 @@ FEATURES = {
     "output": "pooler_output",
     "trainer": {"data_collator": collate, "compute_loss_func": feature_loss},
 }
+EIGHT_BIT, FOUR_BIT = {**CLASSIFIER, "merge_error": 0.02}, {**CLASSIFIER, "merge_error": 0.2}
 TEXTS = {"inputs": lambda: tokens(torch.arange(4)), "output": "logits"}
 
 
@@ -80,6 +85,29 @@ def dual_encoder():
         hf.ViTConfig(**VISION), hf.BertConfig(**TEXT), projection_dim=8
     )
     return hf.VisionTextDualEncoderModel(config)
+
+
+@functools.cache
+def saved_dinov2() -> tempfile.TemporaryDirectory:
+    """Folder with a DINOv2 that is wide enough for blocks of 4-bit weights."""
+    folder = tempfile.TemporaryDirectory()
+    wide = hf.Dinov2Config(**{**VISION, "hidden_size": 64}, mlp_ratio=2, num_labels=CLASSES)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        hf.Dinov2ForImageClassification(wide).save_pretrained(folder.name)
+    return folder
+
+
+def quantised(**config):
+    """DINOv2 as bitsandbytes quantises it on loading, without its head."""
+    config = hf.BitsAndBytesConfig(**config, llm_int8_skip_modules=["classifier"])
+    model = hf.Dinov2ForImageClassification.from_pretrained(saved_dinov2().name, quantization_config=config)
+    for module in model.modules():
+        # On a CPU that knows bf16 bitsandbytes repacks 4-bit weights at the first evaluation, and cannot train or merge
+        # them afterwards. It does not do so on a GPU.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 # Name in the table: (kind, how to make the model, gates that `lora_targets` gives it). "refused" would be
@@ -150,6 +178,13 @@ CASES = {
         lambda: hf.BertForSequenceClassification(hf.BertConfig(**TEXT, num_labels=CLASSES)),
         6,
     ),
+    "DINOv2, 8 bit": (EIGHT_BIT, lambda: quantised(load_in_8bit=True), 6),
+    "DINOv2, 4 bit": (FOUR_BIT, lambda: quantised(load_in_4bit=True, bnb_4bit_quant_type="nf4"), 6),
+    "DINOv2, 4 bit, double quantisation": (
+        FOUR_BIT,
+        lambda: quantised(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+        6,
+    ),
 }
 
 
@@ -158,7 +193,8 @@ def _seeded(build):
     return build().eval()
 
 
+PLAIN = {"merge_error": 1e-4, "refused": {}}
 BACKBONES = {
-    name: {**kind, "name": name, "model": lambda build=build: _seeded(build), "gates": gates, "refused": {}}
+    name: {**PLAIN, **kind, "name": name, "model": lambda build=build: _seeded(build), "gates": gates}
     for name, (kind, build, gates) in CASES.items()
 }

@@ -15,7 +15,11 @@ def table() -> str:
             sentence = backbone["refused"].get(behaviour)
             if sentence is not None:
                 refusals.append(sentence)
-            row.append("✓" if sentence is None else f"refused ({len(refusals)})")
+                row.append(f"refused ({len(refusals)})")
+            elif behaviour == "merge" and backbone["merge_error"] > 1e-3:
+                row.append(f"✓ ± {backbone['merge_error']:.0%}")
+            else:
+                row.append("✓")
         rows.append(row)
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines + [f"{i}. {sentence}" for i, sentence in enumerate(refusals, 1)])

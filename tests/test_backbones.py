@@ -63,6 +63,11 @@ def gradients(backbone, model) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if "lora_" in n}
 
 
+def merge_error(merged, expected) -> float:
+    """The largest difference as a part of the largest value."""
+    return ((merged - expected).abs().max() / expected.abs().max()).item()
+
+
 def trainer_of(backbone, output_dir, **arguments):
     settings = {"max_steps": 8, "gate_target_active": 0.5, "logging_steps": 1, "weight_decay": 0.1}
     base = backbone["model"]()
@@ -94,6 +99,7 @@ def test_train(backbone, tmp_path, stock_peft):
     assert gates.frozen
     assert gates.open_mask.sum() == count
     assert (gates.scores - 0.15).abs().max() > 1e-3
+    assert not gates.scores.requires_grad
     trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert len(trained) == 2 * count
     assert all(p.abs().max() > 0 for n, p in trained.items() if "lora_B" in n), "every open block was trained"
@@ -118,18 +124,19 @@ def test_fold(backbone, tmp_path, stock_peft):
     )
 
 
+@pytest.mark.filterwarnings("ignore:(Merge|Unmerge) lora module to .-bit linear:UserWarning")
 @cell("merge")
 def test_merge(backbone, tmp_path, stock_peft):
     model, gates = gated(backbone)
     half_open(gates)
     expected = outputs_of(backbone, model)
     model.merge_adapter()
-    assert_close(outputs_of(backbone, model), expected, 1e-4)
+    assert merge_error(outputs_of(backbone, model), expected) <= backbone["merge_error"]
     model.unmerge_adapter()
     gates.freeze()
     expected = outputs_of(backbone, model)
     merged, base = model.merge_and_unload(), backbone["model"]()
-    assert_close(outputs_of(backbone, merged), expected, 1e-4)
+    assert merge_error(outputs_of(backbone, merged), expected) <= backbone["merge_error"]
     assert str(merged) == str(base)
     assert set(merged.state_dict()) == set(base.state_dict())
 
@@ -149,10 +156,11 @@ def test_resume(backbone, tmp_path, stock_peft):
 def test_compile(backbone, tmp_path, stock_peft):
     """One graph without breaks, which is not made anew when gates open and close."""
     model, gates = gated(backbone)
+    expected = outputs_of(backbone, model)  # bitsandbytes sets up its 8-bit layers in their first forward
     torch._dynamo.reset()
     graphs = CompileCounter()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
-    assert_close(outputs_of(backbone, compiled), outputs_of(backbone, model), 1e-6)
+    assert_close(outputs_of(backbone, compiled), expected, 1e-6)
     half_open(gates)
     gates.step(0.2)
     assert_close(outputs_of(backbone, compiled), outputs_of(backbone, model), 1e-6)
