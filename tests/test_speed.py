@@ -11,6 +11,7 @@ from peft import get_peft_model
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
 
 from hf_gatelora import GateConfig, GatedLoraTrainer, attach_gates
@@ -156,6 +157,44 @@ def test_backward_ends_at_the_earliest_open_block():
     assert products[LAST] == 1 + 3
     assert products[FIRST] == 1 + 6 + 3 + 3
     assert saved[LAST] < saved[FIRST] / 3
+
+
+def test_the_compute_cost_of_a_block_is_what_a_step_pays_for_opening_it(family):
+    """Against the products of a real step, up to attention and to what lies side by side: q, k and v."""
+
+    def products(model):
+        with FlopCounterMode(display=False) as counter:
+            loss = loss_of(family, model)
+            if loss.requires_grad:
+                loss.backward()
+        return counter.get_total_flops()
+
+    _, gates = gated(family, cost="compute")
+    gates.step(0.3)
+    gates.penalty().backward()
+    costs = [parameter.grad.item() for parameter in gates.score_parameters()]
+    base = products(family["model"]().requires_grad_(False))
+    paid = [products(frozen(family, block)[0]) - base for block in range(len(costs))]
+    assert max(paid) > 4 * min(paid)
+    ratios = [own / cost for own, cost in zip(paid, costs)]
+    assert max(ratios) < 1.6 * min(ratios)
+
+
+def test_of_equally_useful_blocks_the_cheaper_opens(family):
+    """No block is of any use here: only the penalty moves the scores, with the optimizer that users have."""
+    _, gates = gated(family, cost="compute", target_active=0.25, lambda_=None)
+    optimizer = torch.optim.AdamW(gates.param_groups(lr=1e-3))
+    for step in range(20):
+        gates.penalty().backward()
+        if step == 10:
+            cost = torch.cat([parameter.grad for parameter in gates.score_parameters()])
+        optimizer.step()
+        optimizer.zero_grad()
+        gates.step((step + 1) / 20 * 0.45)
+    gates.freeze()
+    count = int(gates.open_mask.sum())
+    assert cost[gates.open_mask].max() <= cost.sort().values[count - 1]
+    assert cost.max() > 3 * cost.min()
 
 
 @pytest.mark.parametrize("kind", KINDS)
