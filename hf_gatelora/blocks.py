@@ -70,12 +70,14 @@ def gate_costs(
         return [float(sum(multiplications[m][0] for m in members)) for members in blocks.values()]
     if cost == "compute":
         # Three products for an adapter's forward and backward, and one for each base layer between the block and the
-        # output of its tower, through which the gradient has to come down.
+        # output of its tower, through which the gradient has to come down: what the block costs on its own. Of several
+        # open blocks the earliest decides how far down, which no sum over blocks can say.
         above: dict[str, float] = {}
         reach: dict[str, float] = {}
         for name in reversed(multiplications):
             tower = name.split(".")[0]
-            reach[name] = above[tower] = above.get(tower, 0.0) + multiplications[name][1]
+            reach[name] = above.get(tower, 0.0)
+            above[tower] = reach[name] + multiplications[name][1]
         return [
             3.0 * sum(multiplications[m][0] for m in members) + max(reach[m] for m in members)
             for members in blocks.values()

@@ -49,6 +49,32 @@ PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 GATEABLE = {"layer.Linear", "layer.Conv1d", "layer.Conv2d", "layer.Conv3d", "bnb.Linear8bitLt", "bnb.Linear4bit"}
 
 
+class _AddProduct(torch.autograd.Function):
+    """`result + hidden @ weight.T`, written over `result`: neither the product nor the sum is a tensor of its own."""
+
+    @staticmethod
+    def forward(ctx, result: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.mark_dirty(result)
+        result.view(-1, result.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), weight.t())
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        hidden, weight = ctx.saved_tensors
+        _, hidden_needed, weight_needed = ctx.needs_input_grad
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        to_hidden = (rows @ weight).view_as(hidden) if hidden_needed else None
+        to_weight = rows.t() @ hidden.reshape(-1, hidden.shape[-1]) if weight_needed else None
+        return gradient, to_hidden, to_weight
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether calling the module is nothing but a product with its weight."""
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return type(linear) is nn.Linear and not hooked and "forward" not in linear.__dict__
+
+
 class GatedLora(LoraVariant):
     """Computes `base(x) + g * (alpha / r) * B A x` for the gate `g` of the layer's block; None is closed for good."""
 
@@ -63,7 +89,21 @@ class GatedLora(LoraVariant):
         else:
             gate = self.gate(noisy=module.training)
             hidden = hidden * (gate * module.scaling[active_adapter]).to(hidden.dtype)
-        return result + module.lora_B[active_adapter](hidden)
+        up = module.lora_B[active_adapter]
+        if not self._may_overwrite(module, up, hidden, result):
+            return result + up(hidden)
+        return _AddProduct.apply(result, hidden, up.weight.to(hidden.dtype))
+
+    def _may_overwrite(self, module: LoraLayer, up: nn.Module, hidden: Tensor, result: Tensor) -> bool:
+        # Compilers fuse by themselves. What a plain nn.Linear returned is nobody else's. Engines that partition
+        # parameters hook the modules.
+        return (
+            not torch.compiler.is_compiling()
+            and _is_plain(up)
+            and _is_plain(module.get_base_layer())
+            and (hidden.dtype, hidden.device) == (result.dtype, result.device)
+            and result.is_contiguous()
+        )
 
     def _delta(self, module: LoraLayer, adapter: str, weight: Tensor, gate: Tensor | float) -> Tensor:
         return (module.get_delta_weight(adapter).detach() * gate).to(weight.dtype)
