@@ -150,8 +150,12 @@ def train(
     return trainer, timer
 
 
-def costs(trainer: Trainer, timer: StepTimer, folder: Path, data: LabelledImages) -> list[dict]:
-    """Rows of open blocks, parameters, bytes, and seconds per step before and after the freeze."""
+def costs(trainer: Trainer, timer: StepTimer, folder: Path, source: str, origin: dict) -> list[dict]:
+    """Rows of open blocks, parameters, bytes, and seconds per step before and after the freeze.
+
+    Args:
+        source, origin: of the training images, as stated and as `LabelledImages` knows it.
+    """
     gates = getattr(trainer, "gates", None)
     is_adapter = (folder / ADAPTER_FILE).is_file()
     file = folder / (ADAPTER_FILE if is_adapter else MODEL_FILE)
@@ -165,8 +169,8 @@ def costs(trainer: Trainer, timer: StepTimer, folder: Path, data: LabelledImages
     for frozen, phase in ((False, "search" if gates else "all"), (True, "consolidate")):
         if n := len(timer.seconds[frozen]):
             rows.append({"metric": "seconds_per_step", "value": timer.median(frozen), "n": n, "phase": phase})
-    origin = {key: value for key, value in data.origin.items() if value is not None}
-    return [{"role": "cost", "data": "train", "split": data.source, **origin, **row} for row in rows]
+    origin = {key: value for key, value in origin.items() if value is not None}
+    return [{"role": "cost", "data": "train", "split": source, **origin, **row} for row in rows]
 
 
 class Run:
@@ -296,7 +300,7 @@ class Run:
         trainer.accelerator.wait_for_everyone()
         folder, model = self.output / method, self.task.base()
         model = type(model).from_pretrained(folder) if name == "full" else PeftModel.from_pretrained(model, folder)
-        spent = costs(trainer, timer, folder, self.data) if self.writes else []
+        spent = costs(trainer, timer, folder, self.arguments.train, self.data.origin) if self.writes else []
         self.measured(method, model.to(training.device), self.suite, spent)
         if self.writes and (folder / ADAPTER_FILE).is_file():
             write_card(folder)

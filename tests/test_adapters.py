@@ -181,7 +181,7 @@ def test_fold_of_a_checkpoint(kind, tmp_path):
         gates.save_folded(checkpoint)
         fold_checkpoint(checkpoint, output)
         files = {file.name for file in output.iterdir()}
-        assert files == {"adapter_config.json", "adapter_model.safetensors", "gates.json"}
+        assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors", "gates.json"}
         assert len(inspect_adapter(output).modules) == blocks
         assert torch.equal(loaded(CLIP, output), loaded(CLIP, checkpoint))
         gates.freeze()
