@@ -170,6 +170,7 @@ def test_trainer_card_of_what_was_measured_in_training(tmp_path):
     write_card(tmp_path, repo_id="ada/shapes-lora")
     assert (card_of(tmp_path).data.license, card_of(tmp_path).data.base_model) == ("mit", "facebook/dinov2-small")
     assert card_of(tmp_path).data.model_name == "shapes-lora"
+    assert card_of(tmp_path).data.tags == card.data.tags
     trainer.save_model()
     assert card_of(tmp_path).data.license is None
 

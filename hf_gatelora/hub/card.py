@@ -40,7 +40,7 @@ def write_card(
     """Write an adapter folder's `README.md`, its pictures and `.eval_results/`, from the files that lie there.
 
     A card that was written or edited by hand is left as it is; the pictures beside it are drawn anew. What an earlier
-    card says of base model, license, language and data sets holds on where it is not given.
+    card says of base model, license, language, data sets and tags holds on where it is not given.
 
     Args:
         directory: a LoRA adapter's folder, with `gates.json` and `results.jsonl` where there are some.
@@ -62,6 +62,7 @@ def write_card(
     if before and MARK.search(before) and is_generated(before):
         said = ModelCard(before, ignore_metadata_errors=True).data
         known = {"base": said.base_model, "license": said.license, "language": said.language, "datasets": said.datasets}
+        known["tags"] = [tag for tag in said.tags or [] if not tag.startswith("base_model:")]
         if AdapterCard.read(directory).base in (None, said.base_model):  # else it was trained anew, on another base
             given = known | {key: value for key, value in given.items() if value is not None}
     card = AdapterCard.read(directory, **given)

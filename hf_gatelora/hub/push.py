@@ -17,7 +17,6 @@ logger = logging.getLogger(__name__)
 
 # What belongs to an adapter: its own files, the preprocessing beside it, and what describes it.
 KINDS = {".safetensors", ".json", ".jsonl", ".md", ".png", ".txt", ".model", ".jinja"}
-WEIGHTS = {"adapter_model.bin"}
 LEFT_OUT = {"trainer_state.json"}
 # Of an earlier push, these are removed where the folder does not hold them any more: they would not be of this adapter.
 REPLACED = (RESULTS_FILE, EVAL_RESULTS, GATE_MAP, FRONTIER)
@@ -127,7 +126,7 @@ def upload(
 def adapter_files(directory: Path) -> list[str]:
     """What of a folder belongs to the adapter, by its path in it."""
     files = [file for file in directory.iterdir() if file.is_file() and not file.name.startswith((".", "_"))]
-    names = [file.name for file in files if file.suffix in KINDS or file.name in WEIGHTS]
+    names = [file.name for file in files if file.suffix in KINDS]
     more = [directory / EVAL_RESULTS, *directory.glob("runs/**/*tfevents*")]  # the Hub shows TensorBoard's logs
     names += [file.relative_to(directory).as_posix() for file in more if file.is_file()]
     return sorted(set(names) - LEFT_OUT)
