@@ -166,7 +166,7 @@ def test_a_failure_gives_one_message_and_can_be_repeated(hub, adapter, case, cap
     hub.failure = Failure(failure.route, failure.status, failure.headers)
     with pytest.raises(PushError, match=message) as found:
         push_adapter(adapter, REPO)
-    assert f"gatelora push {adapter} --repo {REPO}" in str(found.value)
+    assert f"gatelora push {adapter} {REPO}" in str(found.value)
     assert TOKEN not in str(found.value) + caplog.text
     assert REPO not in hub.repos or hub.commits(REPO) == []
     hub.failure = None
@@ -255,7 +255,7 @@ def test_failing_pushes_do_not_end_a_training(hub, tmp_path, caplog):
     told = [record.message for record in caplog.records if "Could not push" in record.message]
     assert len(told) == 2
     for step, message in zip((4, 8), told, strict=True):
-        assert f"gatelora push {tmp_path / f'checkpoint-{step}'} --repo {REPO}" in message
+        assert f"gatelora push {tmp_path / f'checkpoint-{step}'} {REPO}" in message
     trainer.save_model()
     assert "gatelora push" in caplog.records[-1].message
     with pytest.raises(PushError, match="409"):

@@ -156,7 +156,7 @@ def explained(directory: Path, repo_id: str, revision: str | None = None):
         branch = f" --revision {revision}" if revision else ""
         raise PushError(
             f"Could not push to {repo_id}: {reason(error)}",
-            f"Everything is in {directory}. To push it later: gatelora push {directory} --repo {repo_id}{branch}",
+            f"Everything is in {directory}. To push it later: gatelora push {directory} {repo_id}{branch}",
         ) from error
 
 
