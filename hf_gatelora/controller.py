@@ -505,7 +505,7 @@ class GateController:
                 raise PushError(
                     error.reason,
                     "Call push_to_hub again, or save_pretrained(FOLDER) and push that later: gatelora push FOLDER "
-                    f"--repo {repo_id}",
+                    f"{repo_id}",
                 ) from error
 
     # ---- optimizer ----------------------------------------------------------------------------------------------
