@@ -10,7 +10,6 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import default_config_file
 from peft import LoraConfig, get_peft_model
-from torch import nn
 
 from . import layer as seam
 from .bases import empty_model, load_config, quiet
@@ -25,7 +24,7 @@ OPTIONAL = ("deepspeed", "open_clip_torch", "bitsandbytes")
 
 
 def examine_model(
-    model: str | os.PathLike | nn.Module,
+    model: str | os.PathLike,
     target_modules: list[str] | None = None,
     budget: float | dict[str, float] = 0.05,
     r: int = 16,
@@ -33,7 +32,7 @@ def examine_model(
     """Which blocks of a model would be gated, what is left out, and what a budget opens.
 
     Args:
-        model: folder or Hub id, of which only the config is read; or a model, which is then adapted in place.
+        model: folder or Hub id, of which only the config is read.
         target_modules: as in `LoraConfig`; None takes `lora_targets(model)`.
         budget: `target_active` of `GateConfig`.
         r: rank.
@@ -48,10 +47,7 @@ def examine_model(
     Raises:
         ValueError: where the model's config cannot be read.
     """
-    if not isinstance(model, nn.Module):
-        name, model = str(model), empty_model(load_config(model))
-    else:
-        name = type(model).__name__
+    name, model = str(model), empty_model(load_config(model))
     problems: list[str] = []
     report = {"model": name, "class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
     report |= {"target_modules": target_modules or "lora_targets", "r": r, "problems": problems}

@@ -33,7 +33,7 @@ def find_adapter(source: str | os.PathLike) -> Path:
         try:
             folder = Path(snapshot_download(str(source), allow_patterns=[*NEEDED], ignore_patterns=["*/*"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = " ".join([line for line in str(error).splitlines() if line.strip()][:2])
             raise ValueError(
                 f"{source} is no folder, and as a repository on the Hub it cannot be had: {reason}"
             ) from error
