@@ -76,9 +76,18 @@ class Hub:
     def url(self) -> str:
         return self.server.url_for("").rstrip("/")
 
+    def history(self, repo: str, revision: str) -> list[dict]:
+        """The commits of a branch, or the one of a commit's hash."""
+        branches = self.repos[repo]["branches"]
+        return (
+            branches[revision]
+            if revision in branches
+            else [c for b in branches.values() for c in b if c["oid"] == revision]
+        )
+
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         """What lies in a repository, by path."""
-        commits = self.repos[repo]["branches"][revision]
+        commits = self.history(repo, revision)
         return dict(commits[-1]["files"]) if commits else {}
 
     def commits(self, repo: str, revision: str = "main") -> list[str]:
@@ -106,9 +115,9 @@ class Hub:
             return refuse(401, None, "Invalid credentials in Authorization header")
         if "repo" in parts and (repo is None or (repo["private"] and not allowed)):
             return refuse(401, "RepoNotFound", "Repository not found")
-        if parts.get("revision", "main") not in (repo or {"branches": ["main"]})["branches"] and route != "branch":
-            commits = {commit["oid"] for branch in repo["branches"].values() for commit in branch}
-            if parts["revision"] not in commits:
+        if {"repo", "revision"} <= set(parts) and route != "branch":
+            known = parts["revision"] in repo["branches"] or self.history(parts["repo"], parts["revision"])
+            if not known:
                 return refuse(404, "RevisionNotFound", "Revision not found")
         return getattr(self, route)(request, **parts)
 
@@ -201,7 +210,7 @@ class Hub:
         return answer({**url, "pullRequestUrl": f"{self.url}/{repo}/discussions/{number}" if number else None})
 
     def info(self, request: Request, repo: str, revision: str = "main") -> Response:
-        commits = self.repos[repo]["branches"][revision]
+        commits = self.history(repo, revision)
         return answer(
             {
                 "id": repo,
@@ -217,8 +226,7 @@ class Hub:
         return answer([{"type": "file", "path": p, "size": len(c), "oid": oid_of(p, c)} for p, c in files])
 
     def resolve(self, request: Request, repo: str, revision: str, path: str) -> Response:
-        branches = self.repos[repo]["branches"]
-        found = branches.get(revision) or [c for branch in branches.values() for c in branch if c["oid"] == revision]
+        found = self.history(repo, revision)
         if not found or path not in found[-1]["files"]:
             return refuse(404, "EntryNotFound", "Entry not found")
         content = found[-1]["files"][path]

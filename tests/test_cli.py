@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from types import ModuleType
 
 import matplotlib.image
 import pytest
@@ -247,29 +246,6 @@ def test_doctor_of_the_machine(gatelora, monkeypatch, tmp_path):
     assert "distributed_type MULTI_CPU, num_processes 2" in out
     assert "WARNING: no MPI" in out
     assert 'deepspeed_zero2  no: DeepSpeed is not installed: pip install "hf_gatelora[deepspeed]"' in out
-
-
-def test_card_and_push(adapters, gatelora, monkeypatch):
-    calls, card, push = [], ModuleType("card"), ModuleType("push")
-    card.write_card = lambda directory: directory / "README.md"
-
-    def push_adapter(directory, repo, **settings):
-        calls.append((directory, repo, settings))
-        if repo == "user/forbidden":
-            raise RuntimeError("the token may not write there")
-        return f"https://hub/{repo}"
-
-    push.push_adapter = push_adapter
-    monkeypatch.setitem(sys.modules, "hf_gatelora.hub.card", card)
-    monkeypatch.setitem(sys.modules, "hf_gatelora.hub.push", push)
-    assert gatelora("card", adapters / "gated")[:2] == (0, f"{adapters / 'gated' / 'README.md'}\n")
-    line = ["--private", "--revision", "v1", "--message", "first", "--create-pr"]
-    assert gatelora("push", adapters / "gated", "user/repo", *line)[:2] == (0, "https://hub/user/repo\n")
-    settings = {"private": True, "revision": "v1", "commit_message": "first", "create_pr": True}
-    assert calls == [(adapters / "gated", "user/repo", settings)]
-    status, _, err = gatelora("push", adapters / "gated", "user/forbidden")
-    assert (status, err) == (1, "gatelora: the token may not write there\n")
-    assert calls[-1][2]["private"] is None
 
 
 @pytest.mark.parametrize(

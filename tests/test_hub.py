@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from models import FAMILIES, outputs_of
 from transformers import TrainerCallback
 from world import TinyClip, parse, words
 
+from hf_gatelora.cli import main as gatelora
 from hf_gatelora.hub.push import PushError, push_adapter
 
 # isort: split
@@ -110,6 +112,27 @@ def test_a_stranger_gets_the_gated_model(hub, stranger, trained):
     assert set(files) == {"adapter_config.json", "adapter_model.safetensors", *described}
     assert f'"{REPO}"' in files["README.md"].decode()
     assert not any(TOKEN.encode() in content for content in files.values())
+
+
+def test_command_line(hub, adapter, tmp_path, capsys):
+    """`card`, `push` and, by its name on the Hub, `inspect`."""
+    folder = shutil.copytree(adapter, tmp_path / "sketches")
+    (folder / "README.md").unlink()
+    assert gatelora(["card", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder / 'README.md'}\n"
+    card = (folder / "README.md").read_text()
+    assert gatelora(["push", str(folder), REPO, "--message", "First"]) == 0
+    assert capsys.readouterr().out == f"{hub.url}/{REPO}\n"
+    assert hub.commits(REPO) == ["First"]
+    assert hub.files(REPO)["README.md"].decode() != card  # it knows where it is now
+    reports = []
+    for source in (str(folder), REPO):
+        assert gatelora(["inspect", source, "--json"]) == 0
+        reports.append({**json.loads(capsys.readouterr().out), "adapter": None})
+    assert reports[0] == reports[1]
+    hub.failure = Failure("preupload", 403)
+    assert gatelora(["push", str(folder), REPO]) == 1
+    assert f"push it later: gatelora push {folder} {REPO}" in capsys.readouterr().err
 
 
 def test_pushing_again_changes_nothing(hub, adapter):
