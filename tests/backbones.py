@@ -76,7 +76,7 @@ FEATURES = {
     "output": "pooler_output",
     "trainer": {"data_collator": collate, "compute_loss_func": feature_loss},
 }
-EIGHT_BIT, FOUR_BIT = {**CLASSIFIER, "merge_error": 0.02}, {**CLASSIFIER, "merge_error": 0.2}
+EIGHT_BIT, FOUR_BIT = {**CLASSIFIER, "merge_error": 0.02}, {**CLASSIFIER, "merge_error": 0.3}
 TEXTS = {"inputs": lambda: tokens(torch.arange(4)), "output": "logits"}
 
 
