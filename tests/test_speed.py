@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import matplotlib.image
 import pytest
 import torch
 from backbones import BACKBONES
@@ -13,9 +14,14 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
+from world import ROOT
 
 from hf_gatelora import GateConfig, GatedLoraTrainer, attach_gates
 from hf_gatelora.config import KINDS
+from hf_gatelora.evaluation.results import read_results
+
+# isort: split
+import benchmark
 
 aten = torch.ops.aten
 MATMULS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.convolution}
@@ -345,3 +351,50 @@ def test_what_others_look_at_is_not_overwritten(family):
     called.clear()
     loss_of(family, model).backward()
     assert called
+
+
+# ---- the benchmark
+def test_benchmark(tmp_path, monkeypatch, capsys):
+    """Every case once, on one layer; the ratios are those of the rows' own seconds, the files what was trained."""
+    arguments = ["--layers", "1", "--image_size", "28", "--batch_size", "1", "--repeats", "1", "--lora_r", "2"]
+    arguments += ["--open_fractions", "0.5", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(benchmark, "memory", lambda names, arguments: [])  # starts a process for each case
+    benchmark.main(arguments)
+    rows = read_results(tmp_path / "results.jsonl")
+    found = {(row["method"], row["metric"]): row["value"] for row in rows}
+    frozen = [f"frozen@0.5 {place}" for place in ("random", "late", "early")]
+    trained = ["full", "lora", "search", "soft search", *frozen]
+    assert {method for method, metric in found if metric == "step_ratio"} == {"frozen forward", *trained}
+    assert {method for method, metric in found if metric == "forward_ratio"} == set(benchmark.INFERENCE)
+    for method in trained:
+        ratio = found[method, "step_seconds"] / found["lora", "step_seconds"]
+        assert found[method, "step_ratio"] == pytest.approx(ratio)
+    # AdamW holds two numbers per parameter; a folded adapter holds the open blocks and the head, and nothing else.
+    head = 4 * (2 * 384 * 100 + 100)
+    for method in ("lora", "search", *frozen):
+        size = found[method, "trained_bytes"]
+        gates = found["search", "blocks"] * 4 if method == "search" else 0
+        assert found[method, "adapter_bytes"] <= 1.02 * (size - gates) + found[method, "header_bytes"]
+        assert 0 <= found[method, "optimizer_bytes"] - 2 * size <= 4 * 20
+    assert found["frozen@0.5 random", "trained_bytes"] < found["lora", "trained_bytes"]
+    assert found["frozen@0.5 late", "trained_bytes"] == head + 4 * 2 * (2 * 384 + 2 * (384 + 1536))
+    table = (tmp_path / "benchmark.md").read_text()
+    assert table in capsys.readouterr().out
+    assert all(f"| {method} " in table for method in (*trained, *benchmark.INFERENCE))
+    assert matplotlib.image.imread(tmp_path / "step_time.png").std() > 0.02
+
+
+def test_the_benchmarks_memory_is_that_of_its_steps():
+    """What a step holds grows with the batch: measured here, in this process."""
+    arguments = benchmark.BenchmarkArguments(layers=1, image_size=112, device="cpu", batch_size=16)
+    peak, step = benchmark.peak_memory("lora", arguments)
+    assert peak > step > 10 * benchmark.MEBIBYTE
+
+
+def test_published_benchmarks_are_those_of_their_results():
+    page = (ROOT / "recipes" / "README.md").read_text()
+    folders = sorted(path.parent for path in (ROOT / "recipes" / "results").glob("benchmark_*/results.jsonl"))
+    assert folders
+    for folder in folders:
+        assert benchmark.table(read_results(folder / "results.jsonl")) in page
+        assert (folder / "step_time.png").is_file()
