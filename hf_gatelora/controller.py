@@ -486,19 +486,23 @@ class GateController:
             **kwargs,
         )
 
-    def push_to_hub(self, repo_id: str, *, commit_message: str | None = None, **kwargs) -> str:
+    def push_to_hub(self, repo_id: str, *, commit_message: str | None = None, **kwargs) -> str | None:
         """`PeftModel.push_to_hub` of the gated model: its folder as `save_pretrained` writes it, with our model card.
+
+        Collective, as a save is; the main process pushes.
 
         Args:
             kwargs: private, revision, token and create_pr, as for `hub.push.push_adapter`.
 
         Returns:
-            The URL of the repository.
+            The URL of the repository; None on the other processes.
         """
         from .hub.push import PushError, push_adapter
 
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, selected_adapters=[self.adapter_name])
+            if not PartialState().is_main_process:
+                return None
             try:
                 return push_adapter(folder, repo_id, commit_message=commit_message, **kwargs)
             except PushError as error:
@@ -698,5 +702,6 @@ def _describe(base: nn.Module) -> dict:
     """Class of the base model, and names of the classes that its head tells apart, for the model card."""
     described = {"class": type(base).__name__, "library": type(base).__module__.split(".")[0]}
     if described["class"].endswith(("ForImageClassification", "ForSequenceClassification")):
-        described["classes"] = [str(base.config.id2label[i]) for i in range(base.config.num_labels)]
+        names = getattr(getattr(base, "config", None), "id2label", None) or {}
+        described["classes"] = [str(name) for _, name in sorted(names.items())]
     return described

@@ -1,5 +1,6 @@
 """Folding: writing a gated adapter as a stock PEFT adapter, and reading back what lies beside it."""
 
+import filecmp
 import json
 import os
 import shutil
@@ -46,11 +47,11 @@ def write_adapter(
         factors: gate value by LoRA module name.
         state, summary: contents of `gatelora_state.safetensors` and of `gates.json`.
         state_dict: the model's gathered state dict, where the model itself is sharded.
-        results: contents of `results.jsonl`; None leaves one that lies there.
+        results: contents of `results.jsonl`; without them one that lies there stays only beside the same weights.
         kwargs: for `PeftModel.save_pretrained`.
     """
     from .hub.card import refresh_card
-    from .hub.content import CARD, GATE_MAP
+    from .hub.content import CARD, FRONTIER, GATE_MAP
 
     weights = dict(model.state_dict() if state_dict is None else state_dict)
     state = dict(state)
@@ -61,6 +62,8 @@ def write_adapter(
             weights[key] = weights[key] * factor
 
     directory = Path(directory)
+    # Of the weight files, one may be of an earlier save in the other format; a gate map is of an earlier state.
+    stale = {SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, GATE_MAP}
 
     def write(temporary: Path) -> None:
         PeftModel.save_pretrained(model, temporary, selected_adapters=[adapter_name], state_dict=weights, **kwargs)
@@ -69,11 +72,16 @@ def write_adapter(
         (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
         if results:
             write_results(results, folder / RESULTS_FILE)
+        elif not _same(folder / SAFETENSORS_WEIGHTS_NAME, directory / SAFETENSORS_WEIGHTS_NAME):
+            stale.update({RESULTS_FILE, FRONTIER})
         (temporary / CARD).unlink(missing_ok=True)  # PEFT's, with placeholders
 
-    # Of the weight files, one may be of an earlier save in the other format; a gate map is of an earlier state.
-    _replace_files(directory, write, {SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, GATE_MAP})
+    _replace_files(directory, write, stale)
     refresh_card(directory)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
 
 
 def adapter_folder(directory: str | os.PathLike, adapter_name: str) -> Path:

@@ -95,10 +95,11 @@ class GatedLora(LoraVariant):
         return _AddProduct.apply(result, hidden, up.weight.to(hidden.dtype))
 
     def _may_overwrite(self, module: LoraLayer, up: nn.Module, hidden: Tensor, result: Tensor) -> bool:
-        # Compilers fuse by themselves. What a plain nn.Linear returned is nobody else's. Engines that partition
-        # parameters hook the modules.
+        # Compilers fuse by themselves; tracing and function transforms take no writing over. What a plain nn.Linear
+        # returned is nobody else's. Engines that partition parameters hook the modules.
+        transformed = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
         return (
-            not torch.compiler.is_compiling()
+            not (torch.compiler.is_compiling() or transformed)
             and _is_plain(up)
             and _is_plain(module.get_base_layer())
             and (hidden.dtype, hidden.device) == (result.dtype, result.device)

@@ -93,7 +93,10 @@ class RetentionCallback(TrainerCallback):
         results = Results(None, **stated, arguments=not_default(args))
         method = "gated" if hasattr(model, CONTROLLER) else "adapter"
         results.extend([{"method": "base", **row} for row in self.base])
-        results.extend([{"method": method, **row, "step": state.global_step} for row in rows])
+        gates = getattr(model, CONTROLLER, None)
+        step = state.global_step if gates is None or gates.weights_step is None else gates.weights_step
+        known = {"step": step} if gates is None else {"step": step, "frozen": gates.frozen}
+        results.extend([{"method": method, **row, **known} for row in rows])
         return results.rows
 
     def _publish(self, rows: list[dict], args, state, model: PeftModel) -> None:

@@ -43,8 +43,9 @@ def finished_rows(output: Path) -> list[dict]:
     order = ["base", *METHODS]
 
     def place(row: dict) -> tuple:
-        name, _, budget = row["method"].partition("@")
-        return order.index(name), float(budget or 0), -row.get("wise", 2.0), row["seed"]
+        method, _, variant = row["method"].partition(" ")
+        name, _, budget = method.partition("@")
+        return order.index(name), float(budget or 0), variant, -row.get("wise", 2.0), row["seed"]
 
     return sorted(rows, key=place)
 

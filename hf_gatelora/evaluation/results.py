@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -96,11 +97,30 @@ def package_versions() -> dict[str, str]:
 
 
 def not_default(training) -> dict:
-    """The training arguments (`TrainingArguments`) that differ from their defaults, without tokens."""
+    """The training arguments (`TrainingArguments`) that differ from their defaults, as plain values for JSON.
+
+    Without tokens and the folders of this machine, because they are published with the adapter.
+    """
     # Not from an instance with the defaults: making one would set the processes up anew, without use_cpu.
     defaults = {f.name: f.default for f in fields(training)}
-    return {
-        name: value
+    found = {
+        name: without_paths(value)
         for name, value in training.to_dict().items()
         if (value or defaults[name]) and str(value) != str(defaults[name]) and not name.endswith("_token")
     }
+    return json.loads(json.dumps(found, default=lambda value: without_paths(str(value))))
+
+
+def without_paths(value):
+    """A value with folders of this machine taken out: `/home/me/photos.parquet` becomes `photos.parquet (local)`."""
+    if isinstance(value, (list, tuple)):
+        return [without_paths(entry) for entry in value]
+    if isinstance(value, dict):
+        return {key: without_paths(entry) for key, entry in value.items()}
+    if not isinstance(value, str):
+        return value
+    name, equals, source = value.rpartition("=")
+    if re.match(r"(/|~|\.{1,2}/|[A-Za-z]:[\\/])", source) or ("/" in source and Path(source).exists()):
+        last = re.split(r"[/\\]", source.rstrip("/"))[-1]
+        return f"{name}{equals}{last} (local)"
+    return value

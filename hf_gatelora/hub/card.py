@@ -56,7 +56,7 @@ def write_card(
         ValueError: where the folder holds no adapter, or a file in it cannot be read.
     """
     directory = Path(directory)
-    given = {"base": base, "license": license, "language": language, "datasets": datasets, "tags": tags}
+    given = {"base": hub_id(base), "license": license, "language": language, "datasets": datasets, "tags": tags}
     given |= {"repo_id": repo_id, "revision": revision}
     before = _read_text(directory / CARD)
     if before and MARK.search(before) and is_generated(before):
@@ -86,12 +86,12 @@ def write_card(
 def refresh_card(directory: str | os.PathLike) -> None:
     """Write the card of a folder that an adapter was saved to: without the network, and without drawing.
 
-    What it cannot read it logs: a card is no reason to lose a checkpoint.
+    What fails it logs: a card is no reason to lose a checkpoint.
     """
     directory = Path(directory)
     try:
         _write_unless_edited(directory / CARD, AdapterCard.read(directory), _read_text(directory / CARD))
-    except ValueError as error:
+    except Exception as error:
         logger.warning(f"The adapter is saved, but without a new model card: {error}")
 
 

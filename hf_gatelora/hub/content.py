@@ -13,13 +13,12 @@ from statistics import fmean
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from peft.utils import CONFIG_NAME
 
 from ..config import GateConfig
-from ..evaluation.results import RESULTS_FILE, read_results
+from ..evaluation.results import RESULTS_FILE, read_results, without_paths
 from ..evaluation.suite import PRIMARY, ROLES, primary
-from ..export import SUMMARY_FILE
+from ..export import SUMMARY_FILE, read_shapes
 
 CARD, GATE_MAP, FRONTIER = "README.md", "gate_map.png", "frontier.png"
 EVAL_RESULTS = ".eval_results/hf_gatelora.yaml"
@@ -80,14 +79,15 @@ class AdapterCard:
         directory = Path(directory)
         try:
             config = json.loads((directory / CONFIG_NAME).read_text())
-            with safe_open(directory / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
-                tensors = {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-        except (OSError, ValueError, RuntimeError) as error:
+            shapes, file_bytes = read_shapes(directory)
+        except (OSError, ValueError) as error:
             raise ValueError(f"{directory} holds no readable adapter ({error}). Save one there first.") from error
         try:
             summary = json.loads(file.read_text()) if (file := directory / SUMMARY_FILE).is_file() else {}
             rows = read_results(file) if (file := directory / RESULTS_FILE).is_file() else []
             rows = _rows_of_adapter(rows, directory)
+            if summary.get("phase") == "consolidate":  # measured with all blocks: that is not this adapter
+                rows = [row for row in rows if row.get("frozen", True)]
         except ValueError as error:
             raise ValueError(f"{file} cannot be read for the model card: {error}") from error
         trained_on = [row["dataset"] for row in rows if "dataset" in row and (row["role"], row["data"]) == TRAINED]
@@ -101,8 +101,8 @@ class AdapterCard:
             found["name"] = found["repo_id"].rsplit("/", 1)[-1]
         return cls(
             config=config,
-            tensors=tensors,
-            file_bytes=(directory / SAFETENSORS_WEIGHTS_NAME).stat().st_size,
+            tensors={key: math.prod(shape) for key, shape in shapes.items()},
+            file_bytes=file_bytes,
             summary=summary,
             rows=rows,
             pictures={name for name in (GATE_MAP, FRONTIER) if (directory / name).is_file()},
@@ -270,7 +270,8 @@ class AdapterCard:
         return {
             key: without_paths(value)
             for key, value in sorted(found.items())
-            if value not in (None, "", [], {}, False)
+            if value is not False  # 0 says something
+            and value not in (None, "", [], {})
             and key not in NOT_SHOWN
             and not key.startswith("hub_")
             and not key.endswith("_token")
@@ -359,21 +360,6 @@ def hub_id(name: str | None) -> str | None:
 def metric_name(row: dict) -> str:
     """Name of a row's metric in a table."""
     return METRICS.get(row["metric"], (None, row["metric"].replace("_", " ")))[1]
-
-
-def without_paths(value):
-    """A value with folders of this machine taken out: `/home/me/photos.parquet` becomes `photos.parquet (local)`."""
-    if isinstance(value, (list, tuple)):
-        return [without_paths(entry) for entry in value]
-    if isinstance(value, dict):
-        return {key: without_paths(entry) for key, entry in value.items()}
-    if not isinstance(value, str):
-        return value
-    name, equals, source = value.rpartition("=")
-    if re.match(r"(/|~|\.{1,2}/|[A-Za-z]:[\\/])", source) or ("/" in source and Path(source).exists()):
-        last = re.split(r"[/\\]", source.rstrip("/"))[-1]
-        return f"{name}{equals}{last} (local)"
-    return value
 
 
 def markdown(lines: list[list[str]], numbers_from: int | None = None) -> str:

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError
 
 from .. import __version__
 from ..evaluation.results import RESULTS_FILE
+from ..export import STATE_FILE, SUMMARY_FILE
 from .card import is_generated, write_card
 from .content import CARD, EVAL_RESULTS, FRONTIER, GATE_MAP
 
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 KINDS = {".safetensors", ".json", ".jsonl", ".md", ".png", ".txt", ".model", ".jinja"}
 LEFT_OUT = {"trainer_state.json"}
 # Of an earlier push, these are removed where the folder does not hold them any more: they would not be of this adapter.
-REPLACED = (RESULTS_FILE, EVAL_RESULTS, GATE_MAP, FRONTIER)
+REPLACED = (RESULTS_FILE, EVAL_RESULTS, GATE_MAP, FRONTIER, STATE_FILE, SUMMARY_FILE)
 
 
 class PushError(RuntimeError):
@@ -137,10 +138,10 @@ def edited_on_hub(api: HfApi, directory: Path, repo_id: str, revision: str | Non
     if not is_generated((directory / CARD).read_text(encoding="utf-8")):
         return False  # the one here was written by hand as well, and is the newer one
     try:
-        there = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(encoding="utf-8")
-    except EntryNotFoundError:
+        there = Path(api.hf_hub_download(repo_id, CARD, revision=revision, force_download=True))
+    except RemoteEntryNotFoundError:
         return False
-    return not is_generated(there)
+    return not is_generated(there.read_text(encoding="utf-8"))
 
 
 @contextmanager

@@ -51,6 +51,8 @@ class HubTrainer(EngineTrainer):
         """
         if not self.is_world_process_zero():
             return
+        for left in Path(self.args.output_dir).glob(f"{STAGED}*"):  # by a process that was killed
+            shutil.rmtree(left)
         private = self.args.hub_private_repo if private is None else private
         try:
             self.hub_model_id = (
@@ -75,6 +77,7 @@ class HubTrainer(EngineTrainer):
         dataset_tags=None,
         dataset=None,
         dataset_args=None,
+        revision=None,
     ):
         """The card of the adapter in the output folder, by `write_card`; what it says of results was measured.
 
@@ -83,6 +86,7 @@ class HubTrainer(EngineTrainer):
             finetuned_from: Hub id of the base model, where it was loaded from a folder.
             dataset_tags: Hub ids of the training data.
             model_name, tasks, dataset, dataset_args: Trainer's; the card takes these from the run.
+            revision: branch that the card will be on; default: that of the training arguments.
         """
         if self.is_world_process_zero():
             write_card(
@@ -93,7 +97,7 @@ class HubTrainer(EngineTrainer):
                 tags=[tags] if isinstance(tags, str) else tags,
                 datasets=[dataset_tags] if isinstance(dataset_tags, str) else dataset_tags,
                 repo_id=self._repo if "/" in self._repo else None,
-                revision=self.args.hub_revision,
+                revision=revision or self.args.hub_revision,
             )
 
     def save_model(self, output_dir=None, _internal_call=False):
@@ -133,18 +137,19 @@ class HubTrainer(EngineTrainer):
         if not self.is_world_process_zero():
             return None
         kwargs["tags"] = [*_listed(kwargs.get("tags")), *(getattr(self.model, "model_tags", None) or [])] or None
-        self.create_model_card(**kwargs)
+        self.create_model_card(**kwargs, revision=revision)
         self._finish_current_push()
+        token = token or self.args.hub_token  # now: in the background it may be out of the arguments for a moment
         push = partial(self._upload, self._folder(self.args.output_dir), commit_message, token, revision, private)
         return push() if blocking else self._in_background(push)
 
-    def _upload(self, folder: Path, message: str, token=None, revision=None, private=None, **more) -> CommitInfo:
+    def _upload(self, folder: Path, message: str, token, revision=None, private=None, **more) -> CommitInfo:
         commit = upload(
             folder,
             self._repo,
             private=self.args.hub_private_repo if private is None else private,
             revision=revision or self.args.hub_revision,
-            token=token or self.args.hub_token,
+            token=token,
             commit_message=message,
             **more,
         )
@@ -167,27 +172,37 @@ class HubTrainer(EngineTrainer):
         if busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        staged, folders = self._stage(Path(checkpoint_folder))
-        message = f"Training in progress, step {self.state.global_step}"
+        message, token = f"Training in progress, step {self.state.global_step}", self.args.hub_token
+        staged = Path(tempfile.mkdtemp(prefix=STAGED, dir=self.args.output_dir))
+        try:
+            folders = self._stage(Path(checkpoint_folder), staged)
+        except Exception as error:  # no push is worth the training
+            logger.warning(f"{checkpoint_folder} is not pushed: {error}")
+            shutil.rmtree(staged)
+            return
 
         def push():
             try:
                 write_card(staged, repo_id=self._repo if "/" in self._repo else None, revision=self.args.hub_revision)
-                self._upload(staged, message, folders=folders, again=self._folder(checkpoint_folder))
-            except (PushError, OSError, ValueError) as error:
+                self._upload(staged, message, token, folders=folders, again=self._folder(checkpoint_folder))
+            except Exception as error:  # nobody reads what a thread raises
                 logger.warning(str(error))
             finally:
                 shutil.rmtree(staged)
 
         self._in_background(push)
 
-    def _stage(self, checkpoint: Path) -> tuple[Path, tuple[str, ...]]:
-        """Put what a checkpoint pushes into a folder of its own, which the training does not touch any more."""
-        staged = Path(tempfile.mkdtemp(prefix=STAGED, dir=self.args.output_dir))
-        for name in adapter_files(self._folder(checkpoint)):
-            _link(self._folder(checkpoint) / name, staged / name)
+    def _stage(self, checkpoint: Path, staged: Path) -> tuple[str, ...]:
+        """Put what a checkpoint pushes into a folder of its own, which the training does not touch any more.
+
+        Returns:
+            Names of the folders in it that are pushed whole.
+        """
         if self.processing_class is not None:
             self.processing_class.save_pretrained(staged)
+        for name in adapter_files(self._folder(checkpoint)):
+            if not (staged / name).exists():
+                _link(self._folder(checkpoint) / name, staged / name)
         own = self._folder(self.args.output_dir) / CARD
         if own.is_file() and not is_generated(own.read_text(encoding="utf-8")):
             (staged / CARD).unlink(missing_ok=True)
@@ -196,7 +211,7 @@ class HubTrainer(EngineTrainer):
         for name in folders.get(self.args.hub_strategy, ()):
             without_arguments = shutil.ignore_patterns(TRAINING_ARGS_NAME)
             shutil.copytree(checkpoint, staged / name, copy_function=_link, ignore=without_arguments)
-        return staged, folders.get(self.args.hub_strategy, ())
+        return folders.get(self.args.hub_strategy, ())
 
 
 def _listed(value: str | list[str] | None) -> list[str]:
@@ -205,6 +220,7 @@ def _listed(value: str | list[str] | None) -> list[str]:
 
 def _link(source: str | os.PathLike, target: str | os.PathLike) -> None:
     """A hard link where the file system has them: saved files are replaced as a whole, never changed."""
+    Path(target).parent.mkdir(exist_ok=True)
     try:
         os.link(source, target)
     except OSError:
