@@ -12,6 +12,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from models import FAMILIES, Images, lora_config
 from peft import get_peft_model
 from PIL import Image
+from transformers import TrainerCallback
 from world import NAMES, TASKS, parse, words
 
 from hf_gatelora import GateConfig, RetentionCallback, attach_gates
@@ -248,6 +249,7 @@ def test_scaled_adapters_have_their_own_numbers(published, tmp_path):
 def test_unreadable_results_do_not_lose_an_adapter(tmp_path, caplog):
     trainer = make_trainer(DINO, tmp_path, max_steps=2)
     trainer.train()
+    trainer.save_model()
     for text, message in {
         "not json\n": "cannot be read",
         '{"loss": 1}\n': "no results file of hf_gatelora",
@@ -281,3 +283,30 @@ def test_folders_of_this_machine_are_not_told():
     for value, expected in told.items():
         assert without_paths(value) == expected
     assert without_paths({"a": ["/x/y"], "b": 1}) == {"a": ["y (local)"], "b": 1}
+
+
+def test_results_of_another_adapter_do_not_stay(tmp_path):
+    """Neither those of an earlier run in the folder, nor those of the search where the gates froze after it."""
+    trainer = watched_trainer(tmp_path)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    assert (tmp_path / RESULTS_FILE).is_file()
+    trainer = make_trainer(DINO, tmp_path, max_steps=4)
+    trainer.train()
+    trainer.save_model()
+    assert not (tmp_path / RESULTS_FILE).exists()
+    assert "Nothing was measured" in (tmp_path / "README.md").read_text()
+    trainer = watched_trainer(tmp_path / "stopped", max_steps=12)
+    trainer.add_callback(Stop())
+    trainer.train()
+    trainer.save_model()
+    assert trainer.gates.frozen
+    assert "Nothing was measured" in (tmp_path / "stopped" / "README.md").read_text()
+
+
+class Stop(TrainerCallback):
+    """Ends a run at its fourth step, in the search."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 4

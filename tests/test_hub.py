@@ -165,6 +165,10 @@ def test_a_card_that_was_edited_on_the_hub_stays(hub, adapter, caplog):
     hub.repos[REPO]["branches"]["main"][-1]["files"]["README.md"] = edited
     (adapter / "extra.json").write_text("{}")
     push_adapter(adapter, REPO)
+    assert hub.files(REPO)["README.md"] == edited
+    hub.failure = Failure("resolve", 503)  # whether it was edited is not to be known
+    with pytest.raises(PushError, match="503"):
+        push_adapter(adapter, REPO)
     (adapter / "extra.json").unlink()
     assert hub.files(REPO)["README.md"] == edited
     assert "extra.json" in hub.files(REPO)
@@ -291,6 +295,24 @@ def test_failing_pushes_do_not_end_a_training(hub, tmp_path, caplog):
     trainer.push_to_hub(blocking=False).result()
     assert len(hub.commits(REPO)) == 2
     assert TOKEN not in caplog.text
+
+
+def test_pushes_in_the_background_have_the_token(hub, tmp_path, monkeypatch):
+    """Also where a checkpoint is saved meanwhile, for which the token leaves the arguments."""
+    monkeypatch.delenv("HF_TOKEN")
+    trainer = pushing_trainer(tmp_path, hub_strategy="every_save", save_strategy="steps", save_steps=4)
+    upload = trainer._upload
+
+    def meanwhile(*args, **more):
+        token, trainer.args.hub_token = trainer.args.hub_token, None
+        try:
+            return upload(*args, **more)
+        finally:
+            trainer.args.hub_token = token
+
+    trainer._upload = meanwhile
+    trainer.train()
+    assert len(hub.commits(REPO)) == 2
 
 
 def test_the_start_of_a_training_says_what_is_wrong(hub, tmp_path, caplog):

@@ -163,7 +163,7 @@ def explained(directory: Path, repo_id: str, revision: str | None = None):
 
 def reason(error: BaseException) -> str:
     """Why a push failed, in a sentence."""
-    while isinstance(error, RuntimeError) and error.__cause__ is not None:  # the client wraps errors of uploads
+    while isinstance(error, (RuntimeError, ValueError)) and error.__cause__ is not None:  # the client wraps errors
         error = error.__cause__
     if isinstance(error, OfflineModeIsEnabled):
         return "offline mode is on (HF_HUB_OFFLINE)."
