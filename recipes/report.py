@@ -80,7 +80,7 @@ def comparison(rows: list[dict]) -> str:
     """Mean over seeds of each method as a Markdown table, with the sample standard deviation where there are several.
 
     Accuracies are in percent. *Gain* is the part of LoRA's gain in ID accuracy over the base that a method has, *loss*
-    the part of LoRA's loss in retention; both from the means, and left out where LoRA has none.
+    the part of LoRA's loss in retention; both from the means, and left out where LoRA has less than a point.
     """
     found: dict[str, dict[int, list[dict]]] = {}
     for row in rows:
@@ -91,8 +91,9 @@ def comparison(rows: list[dict]) -> str:
         line = [method, *[_spread(seeds, role) for role in ROLES]]
         for role in ("id", "retention"):
             base, lora, own = (means.get(key, {}).get(role) for key in ("base", "lora", method))
-            known = None not in (base, lora, own) and method != "base" and (lora > base) == (role == "id")
-            line.append(f"{round(100 * (own - base) / (lora - base))} %" if known and lora != base else "-")
+            known = None not in (base, lora, own) and method != "base"
+            known = known and (lora - base if role == "id" else base - lora) >= 0.01
+            line.append(f"{round(100 * (own - base) / (lora - base))} %" if known else "-")
         sizes = [r["value"] for s in seeds.values() for r in s if r["metric"] == "trainable_parameters"]
         line.append(f"{statistics.fmean(sizes):,.0f}" if sizes else "-")
         lines.append([*line, str(len(seeds))])
