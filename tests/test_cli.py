@@ -197,6 +197,24 @@ def test_evaluate_a_classifier(adapters, world, gatelora, tmp_path):
     assert (status, "it cannot be scaled" in err) == (2, True)
 
 
+@pytest.mark.parametrize("spelling", [str, str.upper])
+def test_classes_are_matched_by_name(adapters, world, gatelora, tmp_path, spelling):
+    """String labels sort as blue, green, grey, red; the head's order is another, and is known to its base."""
+    data = dataset()
+    strings = [spelling(NAMES[label]) for label in data["label"]]
+    data.remove_columns("label").add_column("label", strings).to_parquet(tmp_path / "data.parquet")
+    base = Dinov2ForImageClassification.from_pretrained(world / "dinov2")
+    model = PeftModel.from_pretrained(base, adapters / "headed").eval()
+    images = AutoProcessor.from_pretrained(world / "dinov2")(data["image"][:], return_tensors="pt")
+    with torch.no_grad():
+        named = model(**images).logits.argmax(-1)
+    expected = sum(spelling(NAMES[i]) == label for i, label in zip(named, strings, strict=True)) / len(strings)
+    line = ["evaluate", adapters / "headed", "--id", tmp_path / "data.parquet", "--output", tmp_path / "r.jsonl"]
+    status, out, err = gatelora(*line, "--json")
+    found = next(row for row in json.loads(out) if row["metric"] == "top1")
+    assert (status, found["value"], "no known names" in err) == (0, expected, False)
+
+
 def test_evaluate_a_backbone_without_a_head(world, gatelora, tmp_path):
     Dinov2Model.from_pretrained(world / "dinov2").save_pretrained(tmp_path / "base")
     AutoProcessor.from_pretrained(world / "dinov2").save_pretrained(tmp_path / "base")
@@ -294,3 +312,6 @@ def test_classes_that_the_head_does_not_have(adapters, world, gatelora, tmp_path
     data.to_parquet(tmp_path / "other.parquet")
     status, _, err = gatelora("evaluate", adapters / "headed", "--id", tmp_path / "other.parquet")
     assert (status, "tells 4 classes apart (red, green, blue, ...), the set has 5" in err) == (2, True)
+    dataset(4, label=ClassLabel(names=["red", "green", "blue", "pink"])).to_parquet(tmp_path / "as_many.parquet")
+    status, _, err = gatelora("evaluate", adapters / "headed", "--id", tmp_path / "as_many.parquet")
+    assert (status, "(red, green, blue, ...), the set has 4" in err) == (2, True)

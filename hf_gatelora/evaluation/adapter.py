@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+import re
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,7 @@ from ..inspection import Adapter, inspect_adapter
 from ..layer import PLAIN_INITS
 from .backbone import split_classifier
 from .images import LabelledImages, eval_sets
-from .published import classifier_suite
+from .published import classifier_suite, plain_name
 from .results import Results, read_results, update_results
 from .suite import ClipSuite, Suite
 
@@ -170,7 +171,7 @@ def evaluate_adapter(
 
 
 def _head_order(found: Adapter, base: PreTrainedModel, new_head: bool, own: list[str]) -> list[str]:
-    """Names of the classes in the order of the head's outputs.
+    """Names of the classes in the order of the head's outputs, spelled as in the set.
 
     Args:
         own: the classes of the set that the adapter is measured on; their order is taken where the head has no names.
@@ -181,16 +182,22 @@ def _head_order(found: Adapter, base: PreTrainedModel, new_head: bool, own: list
     if split_classifier(base)[2] is None:
         return own
     count = base.config.num_labels
-    named = ((found.summary or {}).get("base_model") or {}).get("classes")
-    if named is None and not new_head:
-        named = [base.config.id2label[i] for i in range(count)]
+    stated = [((found.summary or {}).get("base_model") or {}).get("classes")]
+    if not new_head:
+        stated.append([base.config.id2label[i] for i in range(count)])
+    # LABEL_0 and so on are the placeholders of transformers.
+    named = next((n for n in stated if n and not all(re.fullmatch(r"LABEL_\d+", name) for name in n)), None)
     if named is not None and set(own) <= set(named):
         return named
-    if len(own) != count:
+    spelled = {plain_name(name): name for name in own}
+    if named is not None and len(spelled) == len(own) and spelled.keys() <= set(map(plain_name, named)):
+        return [spelled.get(plain_name(name), name) for name in named]
+    if named is not None or len(own) != count:
         known = f" ({', '.join(named[:3])}, ...)" if named else ""
         raise ValueError(
             f"The head of {found.folder} tells {count} classes apart{known}, the set has {len(own)} "
-            f"({', '.join(own[:3])}, ...): give a set of the classes that it was trained on."
+            f"({', '.join(own[:3])}, ...): give a set of the classes that it was trained on. If the head has these, "
+            "give as model a copy of the base whose config.json names them in its order (id2label)."
         )
     logger.warning("The head's classes have no known names: they are taken to be those of the set, in its order.")
     return own
