@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -175,8 +176,24 @@ def test_evaluate_clip(adapters, world, gatelora, tmp_path):
         top1 = (logits.argmax(-1) == labels).float().mean().item()
         assert values[method, "test", "top1", None] == pytest.approx(top1)
         assert f"{100 * top1:.1f}" in next(line for line in out.splitlines() if line.startswith("ID test"))
-    gatelora("evaluate", adapters / "gated", *line, "--output", tmp_path / "r.jsonl")
-    assert len(read_results(tmp_path / "r.jsonl")) == 8
+
+
+def test_results_of_several_adapters_and_ways(adapters, world, gatelora, tmp_path):
+    """One file keeps the adapters apart; what was measured in another way does not stay beside the new rows."""
+    file, line = tmp_path / "r.jsonl", ["--id", world / "data.parquet", "--output", tmp_path / "r.jsonl"]
+
+    def measured():
+        return sorted((Path(r["adapter"]).name, r["method"], r.get("wise", 1)) for r in read_results(file))[::2]
+
+    gatelora("evaluate", adapters / "checkpoint", *line, "--prompt", "a {}", "--wise", "0.5")
+    gatelora("evaluate", adapters / "stock", *line, "--prompt", "a {}")
+    first = [("checkpoint", "base", 1), ("checkpoint", "gated", 0.5), ("checkpoint", "gated", 1)]
+    second = [("stock", "base", 1), ("stock", "lora", 1)]
+    assert measured() == [*first, *second]
+    gatelora("evaluate", adapters / "checkpoint", *line, "--prompt", "a {}", "--batch-size", "3")
+    assert measured() == [*first, *second]
+    gatelora("evaluate", adapters / "checkpoint", *line, "--prompt", "a {} square")
+    assert measured() == [first[0], first[2], *second]
 
 
 def test_evaluate_a_classifier(adapters, world, gatelora, tmp_path):

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -91,7 +92,8 @@ def evaluate_adapter(
 
     Returns:
         The new rows: role, data, split, metric, value, n, and what every row of a results file has. `method` is `base`
-        and, for the adapter, that of the results which lie beside it, else `gated` or `lora`.
+        and, for the adapter, that of the results which lie beside it, else `gated` or `lora`; unless `output` lies in
+        the adapter's folder, `adapter` tells it apart from others.
 
     Raises:
         ValueError: where adapter, base and sets do not go together, or nothing is to be measured.
@@ -163,7 +165,9 @@ def evaluate_adapter(
         base_rows = [row for row in base_rows if row["role"] == "retention" or row["metric"] not in ("top1", "ece")]
     rows = [{"method": "base", **row} for row in base_rows]
     rows += [{"method": method, **row} for row in measure_tuned(suite, tuned, method, scales)]
-    results = Results(None, model=name, seed=seed, arguments=arguments)
+    own = output is not None and Path(output).parent.resolve() == found.folder.resolve()
+    which = {} if own else {"adapter": str(adapter)}
+    results = Results(None, **which, model=name, seed=seed, arguments=arguments)
     results.extend(rows)
     if output is not None:
         update_results(results.rows, output)
