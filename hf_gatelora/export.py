@@ -23,6 +23,7 @@ from .evaluation.results import RESULTS_FILE, read_results, write_results
 
 STATE_FILE = "gatelora_state.safetensors"
 SUMMARY_FILE = "gates.json"
+MODEL_CONFIG = "config.json"
 TEMPORARY = ".tmp-adapter-"
 RAW = "raw."  # prefix in the state file of weights as trained, where folding changed them
 
@@ -286,9 +287,16 @@ def write_stock(
     summary: dict | None = None,
     rows: list[dict] | None = None,
 ) -> None:
-    """Write a stock adapter and its model card; `gates.json` and `results.jsonl` where there are contents for them."""
+    """Write a stock adapter and its model card; `gates.json` and `results.jsonl` where there are contents for them.
+
+    Raises:
+        ValueError: where `output` holds a model, on top of which transformers would load the adapter.
+    """
     from .hub.card import refresh_card
     from .hub.content import FRONTIER, GATE_MAP
+
+    if (output / MODEL_CONFIG).is_file():
+        raise ValueError(f"{output} holds a model, on top of which the adapter would be loaded: give another folder.")
 
     def write(folder: Path) -> None:
         save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})

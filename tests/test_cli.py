@@ -1,6 +1,7 @@
 """The `gatelora` command: every subcommand on adapters of the tiny world, wrong arguments included."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,18 @@ import matplotlib.image
 import pytest
 import torch
 from datasets import ClassLabel
-from models import FAMILIES, lora_config, outputs_of, randomize
+from models import FAMILIES, VISION, lora_config, outputs_of, randomize
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPModel, Dinov2ForImageClassification, Dinov2Model
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPModel,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    ViTConfig,
+    ViTModel,
+)
 from world import NAMES, ROOT, dataset
 
 from hf_gatelora import GateConfig, attach_gates, doctor
@@ -39,6 +49,8 @@ def adapters(world, tmp_path_factory):
     model = get_peft_model(base, LoraConfig(target_modules=["fc1"], r=2, modules_to_save=["classifier"]))
     randomize(model)
     model.save_pretrained(root / "headed")
+    model = Dinov2ForImageClassification.from_pretrained(world / "dinov2")
+    get_peft_model(model, LoraConfig(target_modules=["fc1"], bias="all")).save_pretrained(root / "biased")
     return root
 
 
@@ -85,6 +97,7 @@ def test_inspect(adapters, gatelora, tmp_path):
     assert (report["open"], report["gates"], report["r"]) == (2, 18, 4)
     size = sum(f.stat().st_size for f in (adapters / "gated").glob("adapter_model.*"))
     assert (report["bytes"], report["lora_parameters"]) == (size, 2 * 4 * (16 + 32))
+    assert gatelora("inspect", adapters / "biased")[1].count(".bias") == 3
     status, out, _ = gatelora("inspect", adapters / "checkpoint")
     assert "WARNING: the gates are not frozen yet; the file holds 18 modules" in out
 
@@ -141,6 +154,36 @@ def test_merge_makes_room_for_the_adapters_head(world, gatelora, tmp_path):
         merged = Dinov2ForImageClassification.from_pretrained(tmp_path / "merged")
         found = outputs_of(FAMILIES["dinov2"], merged.eval())
         torch.testing.assert_close(found, outputs_of(FAMILIES["dinov2"], model.eval()), atol=1e-4, rtol=0)
+
+
+def test_merge_writes_the_whole_processor_and_the_class_names(adapters, world, gatelora, tmp_path):
+    """Where the adapter's folder has the image processor alone, and where the base does not know the classes."""
+    shutil.copytree(adapters / "stock", tmp_path / "clip")
+    shutil.copy(world / "model" / "preprocessor_config.json", tmp_path / "clip")
+    assert gatelora("merge", tmp_path / "clip", tmp_path / "merged")[0] == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("a red square")
+    base = Dinov2ForImageClassification.from_pretrained(world / "dinov2")
+    base.config.id2label = dict(enumerate("wxyz"))
+    model = get_peft_model(base, lora_config(base, modules_to_save=["classifier"]))
+    attach_gates(model, GateConfig(target_active=0.2)).save_folded(tmp_path / "headed")
+    assert gatelora("merge", tmp_path / "headed", tmp_path / "headed-merged")[0] == 0
+    config = Dinov2ForImageClassification.from_pretrained(tmp_path / "headed-merged").config
+    assert (list(config.id2label.values()), config.label2id["z"]) == (list("wxyz"), 3)
+
+
+def test_merge_into_a_vit_that_was_published_without_its_pooler(gatelora, tmp_path):
+    base = ViTModel(ViTConfig(**VISION), add_pooling_layer=False)
+    base.save_pretrained(tmp_path / "base")
+    model = ViTModel.from_pretrained(tmp_path / "base", add_pooling_layer=False)
+    model = get_peft_model(model, LoraConfig(target_modules=["fc1"], r=2))
+    randomize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert gatelora("merge", tmp_path / "adapter", tmp_path / "merged")[0] == 0
+    merged = ViTModel.from_pretrained(tmp_path / "merged", add_pooling_layer=False).eval()
+    pixels = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    with torch.no_grad():
+        found, expected = (m(**pixels).last_hidden_state for m in (merged, model.eval()))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_evaluate_clip(adapters, world, gatelora, tmp_path):
@@ -288,7 +331,7 @@ def test_doctor_of_the_machine(gatelora, monkeypatch, tmp_path):
     [
         ("", "required: COMMAND"),
         ("inspct x", "invalid choice: 'inspct'"),
-        ("inspect {adapters}", "There is one in checkpoint, gated, headed, stock"),
+        ("inspect {adapters}", "There is one in biased, checkpoint, gated, headed, stock"),
         ("inspect {adapters}/nothing/here", "no such folder"),
         ("inspect user/repo", "is no folder, and as a repository on the Hub it cannot be had"),
         ("inspect {adapters}/stock --map x.png", "there are no scores to draw"),
@@ -300,7 +343,9 @@ def test_doctor_of_the_machine(gatelora, monkeypatch, tmp_path):
         ("fold {adapters}/stock {new}", "there is nothing to fold"),
         ("merge {adapters}/gated {adapters}/stock", "holds an adapter, which would be loaded on top"),
         ("merge {adapters}/gated {new} --model {world}/dinov2", "that is a dinov2, no CLIPModel"),
+        ("merge {adapters}/biased {new}", "it trained biases (bias='all')"),
         ("merge {adapters}/gated {new} --model {world}/nothing", "is no model that transformers can load"),
+        ("wise {adapters}/gated 0.5 {world}/model", "holds a model, on top of which the adapter would be loaded"),
         ("wise {adapters}/gated 1.5 {new}", "scale=1.5 is out of range"),
         ("wise {adapters}/gated half {new}", "invalid float value: 'half'"),
         ("wise {adapters}/headed 0.5 {new}", "pass the base model whose head it replaces"),
