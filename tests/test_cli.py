@@ -51,6 +51,8 @@ def adapters(world, tmp_path_factory):
     model.save_pretrained(root / "headed")
     model = Dinov2ForImageClassification.from_pretrained(world / "dinov2")
     get_peft_model(model, LoraConfig(target_modules=["fc1"], bias="all")).save_pretrained(root / "biased")
+    shutil.copytree(root / "stock", root / "broken")
+    (root / "broken" / "gates.json").write_text("{}")
     return root
 
 
@@ -126,7 +128,9 @@ def test_fold_wise_combine_and_merge(adapters, world, gatelora, tmp_path):
     }
     assert gatelora("wise", adapters / "gated", "0", tmp_path / "none")[0] == 0
     assert torch.equal(load(tmp_path / "none"), outputs(CLIPModel.from_pretrained(base)))
-    assert gatelora("combine", f"{adapters / 'gated'}=0.5", f"{adapters / 'gated'}=0.5", tmp_path / "same")[0] == 0
+    half = f"{adapters / 'gated'}=0.5"
+    status, out, _ = gatelora("combine", half, half, tmp_path / "same", "--json")
+    assert (status, json.loads(out)["weights"]) == (0, [[str(adapters / "gated"), 0.5]] * 2)
     torch.testing.assert_close(load(tmp_path / "same"), load(adapters / "gated"))
 
     assert gatelora("merge", adapters / "gated", tmp_path / "merged")[0] == 0
@@ -307,6 +311,8 @@ def test_doctor(world, gatelora):
     assert "target_active=0.05 of 3 gates rounds to 0 open gates" in out
     assert "heads or projections would be gated as well: classifier" in out
     assert "dinov2 o_proj (x2)" in out
+    status, out, _ = gatelora("doctor", world / "dinov2", "--target-modules", "all-linear", "--json")
+    assert (json.loads(out)["model"]["heads"], json.loads(out)["model"]["gates"]) == ([], 12)
     status, out, _ = gatelora("doctor", world / "model", "--target-modules", "token_embedding", "--json")
     assert (status, "cannot be gated" in json.loads(out)["model"]["problems"][0]) == (1, True)
 
@@ -331,7 +337,7 @@ def test_doctor_of_the_machine(gatelora, monkeypatch, tmp_path):
     [
         ("", "required: COMMAND"),
         ("inspct x", "invalid choice: 'inspct'"),
-        ("inspect {adapters}", "There is one in biased, checkpoint, gated, headed, stock"),
+        ("inspect {adapters}", "There is one in biased, broken, checkpoint, gated, headed, stock"),
         ("inspect {adapters}/nothing/here", "no such folder"),
         ("inspect user/repo", "is no folder, and as a repository on the Hub it cannot be had"),
         ("inspect {adapters}/stock --map x.png", "there are no scores to draw"),
@@ -340,6 +346,10 @@ def test_doctor_of_the_machine(gatelora, monkeypatch, tmp_path):
         ("doctor {world}/model --budget 1.5", "out of range"),
         ("doctor {world}/model --budget half", "neither a number nor JSON"),
         ("doctor {world}/model --rank 0", "'0' is no positive whole number"),
+        ("doctor --target-modules q_proj {world}/model", "put MODEL first"),
+        ("doctor --rank 8", "put MODEL first"),
+        ("inspect {adapters}/broken", "gates.json cannot be read (KeyError('blocks'))"),
+        ("fold {adapters}/broken {new}", "gates.json cannot be read (KeyError('blocks'))"),
         ("fold {adapters}/stock {new}", "there is nothing to fold"),
         ("merge {adapters}/gated {adapters}/stock", "holds an adapter, which would be loaded on top"),
         ("merge {adapters}/gated {new} --model {world}/dinov2", "that is a dinov2, no CLIPModel"),
@@ -357,6 +367,16 @@ def test_doctor_of_the_machine(gatelora, monkeypatch, tmp_path):
         ("evaluate {adapters}/gated --id {world}/saved --prompt photo", "has no {{}} for the class name"),
         ("evaluate {adapters}/gated --id {world}/saved --wise 2", "out of range"),
         ("evaluate {adapters}/headed --id {world}/saved --bank old={world}/saved", "The bank 'old' belongs to no set"),
+        (
+            "evaluate {adapters}/headed --id {world}/saved --head-label-map old={world}/x",
+            "The head label map 'old' belongs to no retention set",
+        ),
+        ("evaluate {adapters}/gated --id {world}/saved --prompt {{}} --templates simple", "not allowed with argument"),
+        ("evaluate {adapters}/gated --id {world}/saved --bank test={world}/data.parquet", "are for vision backbones"),
+        ("evaluate {adapters}/headed --id {world}/saved --prompt {{}}", "are for CLIPModel"),
+        ("evaluate {adapters}/headed --id {world}/saved --retrieval", "are for CLIPModel"),
+        ("evaluate {adapters}/gated --id {world}/saved --device tpu9", "device='tpu9' cannot be used here"),
+        ("evaluate {adapters}/gated --id {world}/saved --output {world}", "is a folder: give a file"),
         ("evaluate user/repo --id {world}/saved", "give --output FILE"),
     ],
 )

@@ -19,7 +19,7 @@ from ..layer import PLAIN_INITS
 from .backbone import split_classifier
 from .images import LabelledImages, eval_sets
 from .published import classifier_suite, plain_name
-from .results import Results, read_results, update_results
+from .results import Results, read_earlier, read_results, update_results
 from .suite import ClipSuite, Suite
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def evaluate_adapter(
     ood: dict[str, str] | None = None,
     retention: dict[str, str] | None = None,
     bank: dict[str, str] | None = None,
-    templates: list[str] = ("a photo of a {}",),
+    templates: list[str] | None = None,
     retrieval: bool = False,
     head_label_map: dict[str, str] | None = None,
     scales: list[float] = (),
@@ -80,7 +80,7 @@ def evaluate_adapter(
         id: source of the ID set, called `test` in the rows.
         ood, retention: sources by the names of the sets. OOD sets have the classes of the ID set or a part of them.
         bank: by the name of a set, a source of labelled images whose neighbours vote on it (k-NN).
-        templates: prompts with {} for the class name.
+        templates: prompts with {} for the class name; None takes "a photo of a {}".
         retrieval: measure ID and OOD sets that have captions by retrieval, even where they have labels.
         head_label_map: by the name of a retention set, a JSON file {class: output of the published head}.
         scales: of the adapter, to measure besides 1 (WiSE-FT).
@@ -104,6 +104,13 @@ def evaluate_adapter(
         raise ValueError("Nothing is to be measured: give an ID, OOD or retention set.")
     if any(not 0 <= scale <= 1 for scale in scales):
         raise ValueError(f"scales {list(scales)} are out of range: they lie between 0 (the base) and 1 (the adapter).")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if output is not None:
+        read_earlier(output)
     found = inspect_adapter(adapter)
     if scales:
         check_scalable(found.config, str(found.folder))
@@ -112,6 +119,12 @@ def evaluate_adapter(
     is_clip = isinstance(base, CLIPModel)
     if not is_clip and base.main_input_name != "pixel_values":
         raise ValueError(f"{type(base).__name__} cannot be measured: only CLIPModel and vision backbones can.")
+    if is_clip and (bank or head_label_map):
+        raise ValueError("bank and head_label_map are for vision backbones: a CLIPModel is measured without them.")
+    if not is_clip and (templates or retrieval):
+        raise ValueError(f"Prompts, templates and retrieval are for CLIPModel: {type(base).__name__} reads no texts.")
+    if is_clip:
+        arguments["templates"] = templates = list(templates or ["a photo of a {}"])
     published = None if is_clip else _published_head(base, new_head, name)
     # The published head is not the one that the training of another began with.
     headless = not is_clip and (new_head or model is None) and _brought_head(found, base)
@@ -120,7 +133,6 @@ def evaluate_adapter(
             f"{found.folder} brought its head, and the one that it started from is not known: it cannot be scaled. "
             "Give as model a copy of the base that has that head."
         )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tuned = load_adapted(base, found).to(device)
     processor = load_processor(AutoImageProcessor, found.folder, name)
     if processor is None:
@@ -145,6 +157,9 @@ def evaluate_adapter(
     sets += eval_sets("ood", ood or {}, load, classes, bank, retrieval)
     sets += eval_sets("retention", retention or {}, load, None, bank)
     names = [data.name for data in sets]
+    if unknown := sorted(set(head_label_map or {}) - set(retention or {})):
+        known = ", ".join(retention or {}) or "none"
+        raise ValueError(f"The head label map {unknown[0]!r} belongs to no retention set: the sets are {known}.")
     if unknown := sorted(set(bank or {}) - set(names)):
         raise ValueError(f"The bank {unknown[0]!r} belongs to no set: there are {', '.join(names)}.")
     if is_clip:

@@ -62,6 +62,20 @@ def read_results(path: str | os.PathLike) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
+def read_earlier(path: str | os.PathLike) -> list[dict]:
+    """The rows of a results file that others are to be added to; none where there is no file.
+
+    Raises:
+        ValueError: where it cannot be read, or is a folder.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: give a file for the results.")
+    try:
+        return read_results(path) if Path(path).is_file() else []
+    except ValueError as error:
+        raise ValueError(f"{path} is no results file, and is left as it is ({error}).") from error
+
+
 def update_results(rows: list[dict], path: str | os.PathLike) -> None:
     """Add rows to a results file; those of the same measurement (adapter, method, set, metric, scale) are replaced.
 
@@ -82,10 +96,7 @@ def update_results(rows: list[dict], path: str | os.PathLike) -> None:
         stated = {key: value for key, value in row.get("arguments", {}).items() if key not in SAME_VALUES}
         return json.dumps(stated, sort_keys=True)
 
-    try:
-        before = read_results(path) if Path(path).is_file() else []
-    except ValueError as error:
-        raise ValueError(f"{path} is no results file, and is left as it is ({error}).") from error
+    before = read_earlier(path)
     new = {measured(row) for row in rows}
     sources = {(row.get("adapter"), row["role"], row["data"]): row["split"] for row in rows}
     ways = {on_set(row): how(row) for row in rows}
