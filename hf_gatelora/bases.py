@@ -14,11 +14,14 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from .export import _replace_files
+from .export import replace_files
 from .inspection import Adapter
 from .layer import PREFIX
 
+# Weight files of a model that an earlier merge, in one file or in several, may have left.
+STALE = {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME}
 logger = logging.getLogger(__name__)
 
 
@@ -196,7 +199,7 @@ def merge_adapter(
             processor.save_pretrained(folder)
 
     with quiet():
-        _replace_files(output, write, set())
+        replace_files(output, write, STALE)
     if processor is None:
         logger.warning("The base has no processor or tokenizer that transformers can load: none was written.")
     return merged

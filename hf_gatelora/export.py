@@ -77,7 +77,7 @@ def write_adapter(
             stale.update({RESULTS_FILE, FRONTIER})
         (temporary / CARD).unlink(missing_ok=True)  # PEFT's, with placeholders
 
-    _replace_files(directory, write, stale)
+    replace_files(directory, write, stale)
     refresh_card(directory)
 
 
@@ -306,7 +306,7 @@ def write_stock(
         if rows:
             write_results(rows, folder / RESULTS_FILE)
 
-    _replace_files(output, write, {STATE_FILE, SUMMARY_FILE, WEIGHTS_NAME, RESULTS_FILE, GATE_MAP, FRONTIER})
+    replace_files(output, write, {STATE_FILE, SUMMARY_FILE, WEIGHTS_NAME, RESULTS_FILE, GATE_MAP, FRONTIER})
     refresh_card(output)
 
 
@@ -328,7 +328,7 @@ def _check_other(directory: Path, output: Path) -> None:
         raise ValueError(f"{output} is the adapter's own folder: give another one, the adapter stays as it is.")
 
 
-def _replace_files(directory: Path, write: Callable[[Path], None], stale: set[str]) -> None:
+def replace_files(directory: Path, write: Callable[[Path], None], stale: set[str]) -> None:
     """Move what `write` puts into a temporary folder to `directory`, and remove those of `stale` that it did not."""
     directory.mkdir(parents=True, exist_ok=True)
     for left in directory.glob(f"{TEMPORARY}*"):  # of a process that was killed

@@ -139,8 +139,11 @@ def test_fold_wise_combine_and_merge(adapters, world, gatelora, tmp_path):
     assert merged.state_dict().keys() == CLIPModel.from_pretrained(base).state_dict().keys()
     words = AutoProcessor.from_pretrained(tmp_path / "merged").tokenizer("a red square")
     assert words["input_ids"] == AutoTokenizer.from_pretrained(base)("a red square")["input_ids"]
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "model.safetensors.index.json").write_text("{}")  # of an earlier merge, in several files
     _, out, _ = gatelora("merge", adapters / "stock", tmp_path / "half", "--dtype", "bfloat16", "--json")
     assert json.loads(out)["dtype"] == "bfloat16"
+    assert [file.name for file in (tmp_path / "half").glob("model*")] == ["model.safetensors"]
     assert AutoModel.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
     assert not [path for path in tmp_path.rglob("*") if "tmp-" in path.name]
 
