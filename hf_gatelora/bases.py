@@ -1,5 +1,6 @@
 """The base model of an adapter: finding its class, loading it, and writing it with the adapter merged in."""
 
+import inspect
 import logging
 import os
 import warnings
@@ -13,11 +14,14 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from .export import _replace_files
+from .export import replace_files
 from .inspection import Adapter
 from .layer import PREFIX
 
+# Weight files of a model that an earlier merge, in one file or in several, may have left.
+STALE = {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME}
 logger = logging.getLogger(__name__)
 
 
@@ -88,12 +92,13 @@ def load_base(
         own weights are random.
 
     Raises:
-        ValueError: where the base cannot be loaded, or the adapter does not belong to it.
+        ValueError: where the base cannot be loaded, the adapter does not belong to it, or it changed its biases.
     """
-    named = adapter.config.get("base_model_name_or_path")
-    name = model or named
+    name = model or adapter.config.get("base_model_name_or_path")
     if not name:
         raise ValueError(f"{adapter.folder} does not say what its base model is: give it.")
+    if (bias := adapter.config.get("bias", "none")) != "none":
+        raise ValueError(f"{adapter.folder} cannot be used here: it trained biases (bias={bias!r}) of the base model.")
     try:
         config = load_config(name)
     except ValueError as error:
@@ -104,7 +109,12 @@ def load_base(
         raise ValueError(f"{adapter.folder} does not fit {name}: that is a {config.model_type}, no {kind.__name__}.")
     settings = _head_settings(adapter, config, name)
     loaded, new = load_reporting(kind, name, dtype=dtype, **settings)
-    refuse_random(name, loaded, {key for key in new if key not in adapter.heads})
+    random = {key for key in new if key not in adapter.heads}
+    poolable = "add_pooling_layer" in inspect.signature(type(loaded)).parameters
+    if random and poolable and all(key.startswith("pooler.") for key in random):  # published without, as DINO's ViT
+        loaded, new = load_reporting(kind, name, dtype=dtype, **settings, add_pooling_layer=False)
+        random = {key for key in new if key not in adapter.heads}
+    refuse_random(name, loaded, random)
     return loaded, bool(new)
 
 
@@ -176,7 +186,12 @@ def merge_adapter(
     if dtype == "auto":
         dtype = load_config(model or adapter.config["base_model_name_or_path"]).dtype or torch.float32
     merged.to(dtype)
-    processor = load_processor(AutoProcessor, adapter.folder, model or adapter.config["base_model_name_or_path"])
+    # The base's first: the adapter's folder may have a part of it, such as the image processor without a tokenizer.
+    processor = load_processor(AutoProcessor, model or adapter.config["base_model_name_or_path"], adapter.folder)
+    classes = ((adapter.summary or {}).get("base_model") or {}).get("classes") or []
+    if len(classes) == getattr(merged.config, "num_labels", None):
+        merged.config.id2label = dict(enumerate(classes))
+        merged.config.label2id = {label: i for i, label in enumerate(classes)}
 
     def write(folder: Path) -> None:
         merged.save_pretrained(folder)
@@ -184,7 +199,7 @@ def merge_adapter(
             processor.save_pretrained(folder)
 
     with quiet():
-        _replace_files(output, write, set())
+        replace_files(output, write, STALE)
     if processor is None:
         logger.warning("The base has no processor or tokenizer that transformers can load: none was written.")
     return merged

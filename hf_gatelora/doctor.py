@@ -18,7 +18,7 @@ from .config import GateConfig
 from .evaluation.results import PACKAGES, package_versions
 from .gates import smallest_fraction
 from .inspection import grids
-from .targets import linear_layers, lora_targets, outside_of_layers
+from .targets import linear_layers, lora_targets, outside_of_layers, without_heads
 
 OPTIONAL = ("deepspeed", "open_clip_torch", "bitsandbytes")
 
@@ -61,7 +61,7 @@ def examine_model(
             return report
         config = LoraConfig(r=r, lora_alpha=r, target_modules="all-linear" if targets == ["all-linear"] else targets)
         with quiet():
-            adapted = get_peft_model(model, config)
+            adapted = get_peft_model(model, without_heads(model, config))
         adapters = seam.lora_layers(adapted, "default")
     except (TypeError, ValueError) as error:
         problems.append(str(error))

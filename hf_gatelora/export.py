@@ -23,6 +23,7 @@ from .evaluation.results import RESULTS_FILE, read_results, write_results
 
 STATE_FILE = "gatelora_state.safetensors"
 SUMMARY_FILE = "gates.json"
+MODEL_CONFIG = "config.json"
 TEMPORARY = ".tmp-adapter-"
 RAW = "raw."  # prefix in the state file of weights as trained, where folding changed them
 
@@ -76,7 +77,7 @@ def write_adapter(
             stale.update({RESULTS_FILE, FRONTIER})
         (temporary / CARD).unlink(missing_ok=True)  # PEFT's, with placeholders
 
-    _replace_files(directory, write, stale)
+    replace_files(directory, write, stale)
     refresh_card(directory)
 
 
@@ -286,9 +287,16 @@ def write_stock(
     summary: dict | None = None,
     rows: list[dict] | None = None,
 ) -> None:
-    """Write a stock adapter and its model card; `gates.json` and `results.jsonl` where there are contents for them."""
+    """Write a stock adapter and its model card; `gates.json` and `results.jsonl` where there are contents for them.
+
+    Raises:
+        ValueError: where `output` holds a model, on top of which transformers would load the adapter.
+    """
     from .hub.card import refresh_card
     from .hub.content import FRONTIER, GATE_MAP
+
+    if (output / MODEL_CONFIG).is_file():
+        raise ValueError(f"{output} holds a model, on top of which the adapter would be loaded: give another folder.")
 
     def write(folder: Path) -> None:
         save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -298,7 +306,7 @@ def write_stock(
         if rows:
             write_results(rows, folder / RESULTS_FILE)
 
-    _replace_files(output, write, {STATE_FILE, SUMMARY_FILE, WEIGHTS_NAME, RESULTS_FILE, GATE_MAP, FRONTIER})
+    replace_files(output, write, {STATE_FILE, SUMMARY_FILE, WEIGHTS_NAME, RESULTS_FILE, GATE_MAP, FRONTIER})
     refresh_card(output)
 
 
@@ -320,7 +328,7 @@ def _check_other(directory: Path, output: Path) -> None:
         raise ValueError(f"{output} is the adapter's own folder: give another one, the adapter stays as it is.")
 
 
-def _replace_files(directory: Path, write: Callable[[Path], None], stale: set[str]) -> None:
+def replace_files(directory: Path, write: Callable[[Path], None], stale: set[str]) -> None:
     """Move what `write` puts into a temporary folder to `directory`, and remove those of `stale` that it did not."""
     directory.mkdir(parents=True, exist_ok=True)
     for left in directory.glob(f"{TEMPORARY}*"):  # of a process that was killed

@@ -132,9 +132,9 @@ def inspect_adapter(source: str | os.PathLike) -> Adapter:
         config = json.loads((folder / CONFIG_NAME).read_text())
         if (folder / SUMMARY_FILE).is_file():
             summary = json.loads((folder / SUMMARY_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: {CONFIG_NAME} or {SUMMARY_FILE} cannot be read ({error}).") from error
-    return Adapter(folder, config, shapes, size, summary)
+        return Adapter(folder, config, shapes, size, summary)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: {CONFIG_NAME} or {SUMMARY_FILE} cannot be read ({error!r}).") from error
 
 
 def overlap(first: Adapter, second: Adapter) -> dict:

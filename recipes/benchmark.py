@@ -78,11 +78,18 @@ class BenchmarkArguments:
                 f"--model {self.model} --dtype {self.dtype}: give one of {', '.join(MODELS)}, and of fp32, bf16, fp16."
             )
         self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.cases()
 
     def cases(self) -> list[str]:
-        """Names of the training cases."""
+        """Names of the training cases.
+
+        Raises:
+            ValueError: where `only` names none of them.
+        """
         names = ["frozen forward", "full", "lora", "search", "soft search"]
         names += [f"frozen@{fraction:g} {place}" for fraction in self.open_fractions for place in PLACES]
+        if unknown := [name for name in self.only if name not in names]:
+            raise ValueError(f"--only {unknown[0]!r} is no case: give some of {', '.join(names)}.")
         return [name for name in names if not self.only or name in (*self.only, "lora")]
 
 
@@ -92,6 +99,8 @@ def new_base(arguments: BenchmarkArguments) -> nn.Module:
     shape = {"hidden_size": width, "num_hidden_layers": arguments.layers or layers, "num_attention_heads": heads}
     shape |= {"image_size": arguments.image_size, "patch_size": patch}
     torch.manual_seed(0)
+    if torch.device(arguments.device).index is not None:
+        torch.accelerator.set_device_index(torch.device(arguments.device).index)  # whose time and memory are measured
     if arguments.model.startswith("dinov2"):
         model = Dinov2ForImageClassification(Dinov2Config(**shape, num_labels=CLASSES))
     else:
@@ -159,7 +168,7 @@ class Case:
 
     def _forward(self) -> torch.Tensor:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.arguments.dtype)
-        with torch.autocast(self.arguments.device, dtype, enabled=dtype is not None):
+        with torch.autocast(torch.device(self.arguments.device).type, dtype, enabled=dtype is not None):
             return self._call(**self._batch).loss
 
     def step(self) -> None:
@@ -359,7 +368,7 @@ def main(argv: list[str]) -> None:
     if not arguments.report:
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         torch.set_num_threads(arguments.threads)
-        device = torch.cuda.get_device_name() if arguments.device != "cpu" else "CPU"
+        device = torch.cuda.get_device_name(arguments.device) if arguments.device != "cpu" else "CPU"
         stated = {key: value for key, value in asdict(arguments).items() if key not in ("output_dir", "report")}
         results = Results(output / "results.jsonl", model=arguments.model, seed=0, arguments=stated)
         common = {"role": "cost", "data": "random pixels", "split": "train", "device": device}

@@ -1,9 +1,10 @@
-"""Measure any LoRA adapter, of this package or of PEFT, on any suite; scale it (WiSE-FT), and write the scaled one.
+"""Measure any LoRA adapter, of this package or of PEFT, on any suite, at any scale (WiSE-FT).
 
     accelerate launch recipes/evaluate.py clip CONFIG.yaml --adapter user/adapter --wise 0.25 0.5 0.75
 
 The configuration and its fields are those of the recipe that is named first, `clip` or `dinov2`: the model, the suite,
 and the training images, which say what the classes are. Nothing is trained but the linear probe of `dinov2`.
+`gatelora wise` writes the scaled adapter.
 """
 
 import sys
@@ -16,17 +17,13 @@ from peft import PeftModel
 from tasks import named_task
 
 from hf_gatelora import GatedLoraTrainingArguments
-from hf_gatelora.export import scale_adapter
 
 
 @dataclass
 class EvaluateArguments:
-    """What is measured, and what is written of it."""
+    """What is measured."""
 
     adapter: str = field(default=None, metadata={"help": "folder or Hub id of a LoRA adapter"})
-    fold: float = field(
-        default=None, metadata={"help": "also write the adapter at this scale, to OUTPUT_DIR/folded (a local adapter)"}
-    )
 
     def __post_init__(self):
         if self.adapter is None:
@@ -38,8 +35,6 @@ def main(argv: list[str]) -> None:
     classes = [recipe_arguments, GatedLoraTrainingArguments, EvaluateArguments]
     arguments, training, evaluated = parse_arguments(classes, argv[1:])
     run = Run(task_class, arguments, training)
-    if evaluated.fold is not None and run.writes:
-        scale_adapter(evaluated.adapter, evaluated.fold, run.output / "folded", run.task.base())
     model = PeftModel.from_pretrained(run.task.base(), evaluated.adapter).to(training.device)
     run.finish(run.measured("adapter", model))
     PartialState().destroy_process_group()

@@ -1,16 +1,27 @@
 """The `gatelora` command: every subcommand on adapters of the tiny world, wrong arguments included."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
 from datasets import ClassLabel
-from models import FAMILIES, lora_config, outputs_of, randomize
+from models import FAMILIES, VISION, lora_config, outputs_of, randomize
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPModel, Dinov2ForImageClassification, Dinov2Model
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPModel,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    ViTConfig,
+    ViTModel,
+)
 from world import NAMES, ROOT, dataset
 
 from hf_gatelora import GateConfig, attach_gates, doctor
@@ -38,6 +49,10 @@ def adapters(world, tmp_path_factory):
     model = get_peft_model(base, LoraConfig(target_modules=["fc1"], r=2, modules_to_save=["classifier"]))
     randomize(model)
     model.save_pretrained(root / "headed")
+    model = Dinov2ForImageClassification.from_pretrained(world / "dinov2")
+    get_peft_model(model, LoraConfig(target_modules=["fc1"], bias="all")).save_pretrained(root / "biased")
+    shutil.copytree(root / "stock", root / "broken")
+    (root / "broken" / "gates.json").write_text("{}")
     return root
 
 
@@ -84,6 +99,7 @@ def test_inspect(adapters, gatelora, tmp_path):
     assert (report["open"], report["gates"], report["r"]) == (2, 18, 4)
     size = sum(f.stat().st_size for f in (adapters / "gated").glob("adapter_model.*"))
     assert (report["bytes"], report["lora_parameters"]) == (size, 2 * 4 * (16 + 32))
+    assert gatelora("inspect", adapters / "biased")[1].count(".bias") == 3
     status, out, _ = gatelora("inspect", adapters / "checkpoint")
     assert "WARNING: the gates are not frozen yet; the file holds 18 modules" in out
 
@@ -112,7 +128,9 @@ def test_fold_wise_combine_and_merge(adapters, world, gatelora, tmp_path):
     }
     assert gatelora("wise", adapters / "gated", "0", tmp_path / "none")[0] == 0
     assert torch.equal(load(tmp_path / "none"), outputs(CLIPModel.from_pretrained(base)))
-    assert gatelora("combine", f"{adapters / 'gated'}=0.5", f"{adapters / 'gated'}=0.5", tmp_path / "same")[0] == 0
+    half = f"{adapters / 'gated'}=0.5"
+    status, out, _ = gatelora("combine", half, half, tmp_path / "same", "--json")
+    assert (status, json.loads(out)["weights"]) == (0, [[str(adapters / "gated"), 0.5]] * 2)
     torch.testing.assert_close(load(tmp_path / "same"), load(adapters / "gated"))
 
     assert gatelora("merge", adapters / "gated", tmp_path / "merged")[0] == 0
@@ -121,8 +139,11 @@ def test_fold_wise_combine_and_merge(adapters, world, gatelora, tmp_path):
     assert merged.state_dict().keys() == CLIPModel.from_pretrained(base).state_dict().keys()
     words = AutoProcessor.from_pretrained(tmp_path / "merged").tokenizer("a red square")
     assert words["input_ids"] == AutoTokenizer.from_pretrained(base)("a red square")["input_ids"]
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "model.safetensors.index.json").write_text("{}")  # of an earlier merge, in several files
     _, out, _ = gatelora("merge", adapters / "stock", tmp_path / "half", "--dtype", "bfloat16", "--json")
     assert json.loads(out)["dtype"] == "bfloat16"
+    assert [file.name for file in (tmp_path / "half").glob("model*")] == ["model.safetensors"]
     assert AutoModel.from_pretrained(tmp_path / "half", dtype="auto").dtype == torch.bfloat16
     assert not [path for path in tmp_path.rglob("*") if "tmp-" in path.name]
 
@@ -140,6 +161,37 @@ def test_merge_makes_room_for_the_adapters_head(world, gatelora, tmp_path):
         merged = Dinov2ForImageClassification.from_pretrained(tmp_path / "merged")
         found = outputs_of(FAMILIES["dinov2"], merged.eval())
         torch.testing.assert_close(found, outputs_of(FAMILIES["dinov2"], model.eval()), atol=1e-4, rtol=0)
+
+
+def test_merge_writes_the_whole_processor_and_the_class_names(adapters, world, gatelora, tmp_path):
+    """Where the adapter's folder has the image processor alone, and where the base does not know the classes."""
+    shutil.copytree(adapters / "stock", tmp_path / "clip")
+    shutil.copy(world / "model" / "preprocessor_config.json", tmp_path / "clip")
+    assert gatelora("merge", tmp_path / "clip", tmp_path / "merged")[0] == 0
+    found, expected = (AutoTokenizer.from_pretrained(f)("a red square") for f in (tmp_path / "merged", world / "model"))
+    assert found["input_ids"] == expected["input_ids"]
+    base = Dinov2ForImageClassification.from_pretrained(world / "dinov2")
+    base.config.id2label = dict(enumerate("wxyz"))
+    model = get_peft_model(base, lora_config(base, modules_to_save=["classifier"]))
+    attach_gates(model, GateConfig(target_active=0.2)).save_folded(tmp_path / "headed")
+    assert gatelora("merge", tmp_path / "headed", tmp_path / "headed-merged")[0] == 0
+    config = Dinov2ForImageClassification.from_pretrained(tmp_path / "headed-merged").config
+    assert (list(config.id2label.values()), config.label2id["z"]) == (list("wxyz"), 3)
+
+
+def test_merge_into_a_vit_that_was_published_without_its_pooler(gatelora, tmp_path):
+    base = ViTModel(ViTConfig(**VISION), add_pooling_layer=False)
+    base.save_pretrained(tmp_path / "base")
+    model = ViTModel.from_pretrained(tmp_path / "base", add_pooling_layer=False)
+    model = get_peft_model(model, LoraConfig(target_modules=["fc1"], r=2))
+    randomize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert gatelora("merge", tmp_path / "adapter", tmp_path / "merged")[0] == 0
+    merged = ViTModel.from_pretrained(tmp_path / "merged", add_pooling_layer=False).eval()
+    pixels = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    with torch.no_grad():
+        found, expected = (m(**pixels).last_hidden_state for m in (merged, model.eval()))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_evaluate_clip(adapters, world, gatelora, tmp_path):
@@ -175,8 +227,24 @@ def test_evaluate_clip(adapters, world, gatelora, tmp_path):
         top1 = (logits.argmax(-1) == labels).float().mean().item()
         assert values[method, "test", "top1", None] == pytest.approx(top1)
         assert f"{100 * top1:.1f}" in next(line for line in out.splitlines() if line.startswith("ID test"))
-    gatelora("evaluate", adapters / "gated", *line, "--output", tmp_path / "r.jsonl")
-    assert len(read_results(tmp_path / "r.jsonl")) == 8
+
+
+def test_results_of_several_adapters_and_ways(adapters, world, gatelora, tmp_path):
+    """One file keeps the adapters apart; what was measured in another way does not stay beside the new rows."""
+    file, line = tmp_path / "r.jsonl", ["--id", world / "data.parquet", "--output", tmp_path / "r.jsonl"]
+
+    def measured():
+        return sorted((Path(r["adapter"]).name, r["method"], r.get("wise", 1)) for r in read_results(file))[::2]
+
+    gatelora("evaluate", adapters / "checkpoint", *line, "--prompt", "a {}", "--wise", "0.5")
+    gatelora("evaluate", adapters / "stock", *line, "--prompt", "a {}")
+    first = [("checkpoint", "base", 1), ("checkpoint", "gated", 0.5), ("checkpoint", "gated", 1)]
+    second = [("stock", "base", 1), ("stock", "lora", 1)]
+    assert measured() == [*first, *second]
+    gatelora("evaluate", adapters / "checkpoint", *line, "--prompt", "a {}", "--batch-size", "3")
+    assert measured() == [*first, *second]
+    gatelora("evaluate", adapters / "checkpoint", *line, "--prompt", "a {} square")
+    assert measured() == [first[0], first[2], *second]
 
 
 def test_evaluate_a_classifier(adapters, world, gatelora, tmp_path):
@@ -195,6 +263,24 @@ def test_evaluate_a_classifier(adapters, world, gatelora, tmp_path):
     assert (status, err.count("brought its head")) == (0, 0)
     status, _, err = gatelora(*line, "--wise", "0.5")
     assert (status, "it cannot be scaled" in err) == (2, True)
+
+
+@pytest.mark.parametrize("spelling", [str, str.upper])
+def test_classes_are_matched_by_name(adapters, world, gatelora, tmp_path, spelling):
+    """String labels sort as blue, green, grey, red; the head's order is another, and is known to its base."""
+    data = dataset()
+    strings = [spelling(NAMES[label]) for label in data["label"]]
+    data.remove_columns("label").add_column("label", strings).to_parquet(tmp_path / "data.parquet")
+    base = Dinov2ForImageClassification.from_pretrained(world / "dinov2")
+    model = PeftModel.from_pretrained(base, adapters / "headed").eval()
+    images = AutoProcessor.from_pretrained(world / "dinov2")(data["image"][:], return_tensors="pt")
+    with torch.no_grad():
+        named = model(**images).logits.argmax(-1)
+    expected = sum(spelling(NAMES[i]) == label for i, label in zip(named, strings, strict=True)) / len(strings)
+    line = ["evaluate", adapters / "headed", "--id", tmp_path / "data.parquet", "--output", tmp_path / "r.jsonl"]
+    status, out, err = gatelora(*line, "--json")
+    found = next(row for row in json.loads(out) if row["metric"] == "top1")
+    assert (status, found["value"], "no known names" in err) == (0, expected, False)
 
 
 def test_evaluate_a_backbone_without_a_head(world, gatelora, tmp_path):
@@ -229,6 +315,8 @@ def test_doctor(world, gatelora):
     assert "target_active=0.05 of 3 gates rounds to 0 open gates" in out
     assert "heads or projections would be gated as well: classifier" in out
     assert "dinov2 o_proj (x2)" in out
+    status, out, _ = gatelora("doctor", world / "dinov2", "--target-modules", "all-linear", "--json")
+    assert (json.loads(out)["model"]["heads"], json.loads(out)["model"]["gates"]) == ([], 12)
     status, out, _ = gatelora("doctor", world / "model", "--target-modules", "token_embedding", "--json")
     assert (status, "cannot be gated" in json.loads(out)["model"]["problems"][0]) == (1, True)
 
@@ -253,7 +341,7 @@ def test_doctor_of_the_machine(gatelora, monkeypatch, tmp_path):
     [
         ("", "required: COMMAND"),
         ("inspct x", "invalid choice: 'inspct'"),
-        ("inspect {adapters}", "There is one in checkpoint, gated, headed, stock"),
+        ("inspect {adapters}", "There is one in biased, broken, checkpoint, gated, headed, stock"),
         ("inspect {adapters}/nothing/here", "no such folder"),
         ("inspect user/repo", "is no folder, and as a repository on the Hub it cannot be had"),
         ("inspect {adapters}/stock --map x.png", "there are no scores to draw"),
@@ -262,10 +350,16 @@ def test_doctor_of_the_machine(gatelora, monkeypatch, tmp_path):
         ("doctor {world}/model --budget 1.5", "out of range"),
         ("doctor {world}/model --budget half", "neither a number nor JSON"),
         ("doctor {world}/model --rank 0", "'0' is no positive whole number"),
+        ("doctor --target-modules q_proj {world}/model", "put MODEL first"),
+        ("doctor --rank 8", "put MODEL first"),
+        ("inspect {adapters}/broken", "gates.json cannot be read (KeyError('blocks'))"),
+        ("fold {adapters}/broken {new}", "gates.json cannot be read (KeyError('blocks'))"),
         ("fold {adapters}/stock {new}", "there is nothing to fold"),
         ("merge {adapters}/gated {adapters}/stock", "holds an adapter, which would be loaded on top"),
         ("merge {adapters}/gated {new} --model {world}/dinov2", "that is a dinov2, no CLIPModel"),
+        ("merge {adapters}/biased {new}", "it trained biases (bias='all')"),
         ("merge {adapters}/gated {new} --model {world}/nothing", "is no model that transformers can load"),
+        ("wise {adapters}/gated 0.5 {world}/model", "holds a model, on top of which the adapter would be loaded"),
         ("wise {adapters}/gated 1.5 {new}", "scale=1.5 is out of range"),
         ("wise {adapters}/gated half {new}", "invalid float value: 'half'"),
         ("wise {adapters}/headed 0.5 {new}", "pass the base model whose head it replaces"),
@@ -277,6 +371,16 @@ def test_doctor_of_the_machine(gatelora, monkeypatch, tmp_path):
         ("evaluate {adapters}/gated --id {world}/saved --prompt photo", "has no {{}} for the class name"),
         ("evaluate {adapters}/gated --id {world}/saved --wise 2", "out of range"),
         ("evaluate {adapters}/headed --id {world}/saved --bank old={world}/saved", "The bank 'old' belongs to no set"),
+        (
+            "evaluate {adapters}/headed --id {world}/saved --head-label-map old={world}/x",
+            "The head label map 'old' belongs to no retention set",
+        ),
+        ("evaluate {adapters}/gated --id {world}/saved --prompt {{}} --templates simple", "not allowed with argument"),
+        ("evaluate {adapters}/gated --id {world}/saved --bank test={world}/data.parquet", "are for vision backbones"),
+        ("evaluate {adapters}/headed --id {world}/saved --prompt {{}}", "are for CLIPModel"),
+        ("evaluate {adapters}/headed --id {world}/saved --retrieval", "are for CLIPModel"),
+        ("evaluate {adapters}/gated --id {world}/saved --device tpu9", "device='tpu9' cannot be used here"),
+        ("evaluate {adapters}/gated --id {world}/saved --output {world}", "is a folder: give a file"),
         ("evaluate user/repo --id {world}/saved", "give --output FILE"),
     ],
 )
@@ -294,3 +398,6 @@ def test_classes_that_the_head_does_not_have(adapters, world, gatelora, tmp_path
     data.to_parquet(tmp_path / "other.parquet")
     status, _, err = gatelora("evaluate", adapters / "headed", "--id", tmp_path / "other.parquet")
     assert (status, "tells 4 classes apart (red, green, blue, ...), the set has 5" in err) == (2, True)
+    dataset(4, label=ClassLabel(names=["red", "green", "blue", "pink"])).to_parquet(tmp_path / "as_many.parquet")
+    status, _, err = gatelora("evaluate", adapters / "headed", "--id", tmp_path / "as_many.parquet")
+    assert (status, "(red, green, blue, ...), the set has 4" in err) == (2, True)

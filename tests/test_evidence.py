@@ -301,17 +301,18 @@ def test_evaluate_a_stock_lora(world, tmp_path, tiny_tasks, capsys):
     spec.loader.exec_module(recipe)
     stock_lora(CLIPModel.from_pretrained(world / "model"), tmp_path / "adapter")
     line = ["clip", *words(world, tmp_path / "out"), "--retention", f"old={world / 'saved'}", "--wise", "0", "0.5"]
-    recipe.main([*line, "--adapter", str(tmp_path / "adapter"), "--fold", "0.5"])
+    recipe.main([*line, "--adapter", str(tmp_path / "adapter")])
+    scale_adapter(tmp_path / "adapter", 0.5, tmp_path / "half")
     rows = read_results(tmp_path / "out" / "results.jsonl")
     assert values(rows, method="adapter", wise=0.0) == values(rows, method="base")
     arguments, _ = parse("clip", words(world, tmp_path / "out"))
     task = TinyClip(arguments)
     model = PeftModel.from_pretrained(CLIPModel.from_pretrained(world / "model"), tmp_path / "adapter").eval()
-    folded = PeftModel.from_pretrained(CLIPModel.from_pretrained(world / "model"), tmp_path / "out" / "folded").eval()
+    half = PeftModel.from_pretrained(CLIPModel.from_pretrained(world / "model"), tmp_path / "half").eval()
     texts = task.tokens([f"a {name} square" for name in NAMES])
     for source, name in ((world / "saved", "old"), (world / "data.parquet", "test")):
         _, pixels, labels = labelled(task, source)
-        for scale, own in ((1.0, model), (0.5, folded)):
+        for scale, own in ((1.0, model), (0.5, half)):
             with torch.no_grad():
                 logits = own(pixel_values=pixels, **texts).logits_per_image
             top1 = (logits.argmax(-1) == labels).float().mean().item()

@@ -384,6 +384,11 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
     assert matplotlib.image.imread(tmp_path / "step_time.png").std() > 0.02
 
 
+def test_the_benchmark_refuses_unknown_cases():
+    with pytest.raises(ValueError, match="'lor' is no case: give some of frozen forward, full, lora, search"):
+        benchmark.BenchmarkArguments(only=["search", "lor"])
+
+
 def test_the_benchmarks_memory_is_that_of_its_steps():
     """What a step holds grows with the batch: measured here, in this process."""
     arguments = benchmark.BenchmarkArguments(layers=1, image_size=112, device="cpu", batch_size=16)

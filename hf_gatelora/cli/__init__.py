@@ -76,9 +76,9 @@ def parser() -> argparse.ArgumentParser:
         "--target-modules", nargs="+", metavar="NAME", help="as in LoraConfig; default: hf_gatelora.lora_targets(model)"
     )
     command.add_argument(
-        "--budget", type=_budget, default=0.05, help='fraction to keep open, or JSON {"regex": fraction}; default 0.05'
+        "--budget", type=_budget, help='fraction to keep open, or JSON {"regex": fraction}; default 0.05'
     )
-    command.add_argument("--rank", type=_positive, default=16, help="of LoRA; default 16")
+    command.add_argument("--rank", type=_positive, help="of LoRA; default 16")
 
     command = add("inspect", "inspect:inspect", "the gates, blocks and sizes of an adapter or checkpoint")
     command.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id of an adapter or checkpoint")
@@ -99,8 +99,9 @@ def parser() -> argparse.ArgumentParser:
         help="JSON {class of that retention set: output of the published head}",
     )
     command.add_argument("--wise", type=float, nargs="+", default=[], metavar="SCALE", help="also measure at scales")
-    command.add_argument("--prompt", default="a photo of a {}", help='CLIP: class prompt; default "a photo of a {}"')
-    command.add_argument("--templates", choices=("simple", "openai"), help="CLIP: an ensemble of prompts instead")
+    prompts = command.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", help='CLIP: class prompt; default "a photo of a {}"')
+    prompts.add_argument("--templates", choices=("simple", "openai"), help="CLIP: an ensemble of prompts instead")
     command.add_argument(
         "--retrieval", action="store_true", help="CLIP: measure ID and OOD sets that have captions by retrieval"
     )

@@ -12,8 +12,7 @@ def fold(arguments: Namespace) -> tuple[dict, str, int]:
     """Write a checkpoint as a stock adapter."""
     from ..export import fold_checkpoint
 
-    checkpoint = find_adapter(arguments.checkpoint)
-    fold_checkpoint(checkpoint, arguments.output)
+    fold_checkpoint(inspect_adapter(arguments.checkpoint).folder, arguments.output)
     return _written(arguments.output)
 
 
@@ -49,7 +48,7 @@ def combine(arguments: Namespace) -> tuple[dict, str, int]:
     adapters = [inspect_adapter(source) for source in sources]
     base = _base_of(adapters, arguments.model)
     combine_adapters([adapter.folder for adapter in adapters], list(weights), arguments.output, base)
-    return _written(arguments.output, weights=dict(zip(sources, weights, strict=True)))
+    return _written(arguments.output, weights=[list(pair) for pair in zip(sources, weights, strict=True)])
 
 
 def card(arguments: Namespace) -> tuple[dict, str, int]:

@@ -10,11 +10,14 @@ from .text import table
 
 def doctor(arguments: Namespace) -> tuple[dict, str, int]:
     """What gating a model would do, and what this machine can launch."""
-    found = None
+    given = [arguments.target_modules, arguments.budget, arguments.rank]
+    if arguments.model is None and given != [None] * 3:
+        raise ValueError("No MODEL is given, to which the options belong: put MODEL first, before --target-modules.")
+    found, budget = None, 0.05 if arguments.budget is None else arguments.budget
     if arguments.model is not None:
-        found = examine_model(arguments.model, arguments.target_modules, arguments.budget, arguments.rank)
+        found = examine_model(arguments.model, arguments.target_modules, budget, arguments.rank or 16)
     environment = examine_environment()
-    text = [describe_model(found, arguments.budget)] if found else []
+    text = [describe_model(found, budget)] if found else []
     problems = found["problems"] if found else []
     report = {"model": found, "environment": environment}
     return report, "\n\n".join([*text, describe_environment(environment)]), 1 if problems else 0

@@ -19,13 +19,14 @@ def evaluate(arguments: Namespace) -> tuple[list[dict], str, int]:
             raise ValueError(f"{arguments.adapter} is no folder that results could be written to: give --output FILE.")
         output = Path(arguments.adapter) / "results.jsonl"
     named = {name: parse_named_sources(name, getattr(arguments, name)) for name in ("ood", "retention", "bank")}
+    templates = prompt_templates(arguments.templates) if arguments.templates else None
     rows = evaluate_adapter(
         arguments.adapter,
         model=arguments.model,
         id=arguments.id,
         **named,
         head_label_map=parse_named_sources("head-label-map", arguments.head_label_map),
-        templates=prompt_templates(arguments.templates) if arguments.templates else [arguments.prompt],
+        templates=[arguments.prompt] if arguments.prompt else templates,
         retrieval=arguments.retrieval,
         scales=arguments.wise,
         label_column=arguments.label_column,

@@ -43,7 +43,8 @@ def describe(adapter: Adapter) -> str:
     where = f"{len(adapter.modules)} modules of {report['base']}"
     lines.append(f"LoRA of rank {ranks}, alpha {report['lora_alpha']:g}, on {where}{scale}")
     of = f" of {summary['lora_parameters']:,}" if summary else ""
-    heads = f", and {report['other_parameters']:,} of {', '.join(report['others'])}" if report["others"] else ""
+    names = ", ".join(report["others"][:3]) + (", ..." if len(report["others"]) > 3 else "")
+    heads = f", and {report['other_parameters']:,} of {names}" if names else ""
     lines.append(f"{report['lora_parameters']:,}{of} LoRA parameters{heads}; {report['bytes']:,} bytes")
     for tower, row in report["towers"].items():
         lines.append(f"  {tower}: {row['open']}" + ("" if row["gates"] is None else f" of {row['gates']}"))

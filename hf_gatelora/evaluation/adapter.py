@@ -3,7 +3,9 @@
 import copy
 import logging
 import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -16,8 +18,8 @@ from ..inspection import Adapter, inspect_adapter
 from ..layer import PLAIN_INITS
 from .backbone import split_classifier
 from .images import LabelledImages, eval_sets
-from .published import classifier_suite
-from .results import Results, read_results, update_results
+from .published import classifier_suite, plain_name
+from .results import Results, read_earlier, read_results, update_results
 from .suite import ClipSuite, Suite
 
 logger = logging.getLogger(__name__)
@@ -53,7 +55,7 @@ def evaluate_adapter(
     ood: dict[str, str] | None = None,
     retention: dict[str, str] | None = None,
     bank: dict[str, str] | None = None,
-    templates: list[str] = ("a photo of a {}",),
+    templates: list[str] | None = None,
     retrieval: bool = False,
     head_label_map: dict[str, str] | None = None,
     scales: list[float] = (),
@@ -78,7 +80,7 @@ def evaluate_adapter(
         id: source of the ID set, called `test` in the rows.
         ood, retention: sources by the names of the sets. OOD sets have the classes of the ID set or a part of them.
         bank: by the name of a set, a source of labelled images whose neighbours vote on it (k-NN).
-        templates: prompts with {} for the class name.
+        templates: prompts with {} for the class name; None takes "a photo of a {}".
         retrieval: measure ID and OOD sets that have captions by retrieval, even where they have labels.
         head_label_map: by the name of a retention set, a JSON file {class: output of the published head}.
         scales: of the adapter, to measure besides 1 (WiSE-FT).
@@ -90,7 +92,8 @@ def evaluate_adapter(
 
     Returns:
         The new rows: role, data, split, metric, value, n, and what every row of a results file has. `method` is `base`
-        and, for the adapter, that of the results which lie beside it, else `gated` or `lora`.
+        and, for the adapter, that of the results which lie beside it, else `gated` or `lora`; unless `output` lies in
+        the adapter's folder, `adapter` tells it apart from others.
 
     Raises:
         ValueError: where adapter, base and sets do not go together, or nothing is to be measured.
@@ -101,6 +104,13 @@ def evaluate_adapter(
         raise ValueError("Nothing is to be measured: give an ID, OOD or retention set.")
     if any(not 0 <= scale <= 1 for scale in scales):
         raise ValueError(f"scales {list(scales)} are out of range: they lie between 0 (the base) and 1 (the adapter).")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if output is not None:
+        read_earlier(output)
     found = inspect_adapter(adapter)
     if scales:
         check_scalable(found.config, str(found.folder))
@@ -109,6 +119,12 @@ def evaluate_adapter(
     is_clip = isinstance(base, CLIPModel)
     if not is_clip and base.main_input_name != "pixel_values":
         raise ValueError(f"{type(base).__name__} cannot be measured: only CLIPModel and vision backbones can.")
+    if is_clip and (bank or head_label_map):
+        raise ValueError("bank and head_label_map are for vision backbones: a CLIPModel is measured without them.")
+    if not is_clip and (templates or retrieval):
+        raise ValueError(f"Prompts, templates and retrieval are for CLIPModel: {type(base).__name__} reads no texts.")
+    if is_clip:
+        arguments["templates"] = templates = list(templates or ["a photo of a {}"])
     published = None if is_clip else _published_head(base, new_head, name)
     # The published head is not the one that the training of another began with.
     headless = not is_clip and (new_head or model is None) and _brought_head(found, base)
@@ -117,7 +133,6 @@ def evaluate_adapter(
             f"{found.folder} brought its head, and the one that it started from is not known: it cannot be scaled. "
             "Give as model a copy of the base that has that head."
         )
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     tuned = load_adapted(base, found).to(device)
     processor = load_processor(AutoImageProcessor, found.folder, name)
     if processor is None:
@@ -142,6 +157,9 @@ def evaluate_adapter(
     sets += eval_sets("ood", ood or {}, load, classes, bank, retrieval)
     sets += eval_sets("retention", retention or {}, load, None, bank)
     names = [data.name for data in sets]
+    if unknown := sorted(set(head_label_map or {}) - set(retention or {})):
+        known = ", ".join(retention or {}) or "none"
+        raise ValueError(f"The head label map {unknown[0]!r} belongs to no retention set: the sets are {known}.")
     if unknown := sorted(set(bank or {}) - set(names)):
         raise ValueError(f"The bank {unknown[0]!r} belongs to no set: there are {', '.join(names)}.")
     if is_clip:
@@ -162,7 +180,9 @@ def evaluate_adapter(
         base_rows = [row for row in base_rows if row["role"] == "retention" or row["metric"] not in ("top1", "ece")]
     rows = [{"method": "base", **row} for row in base_rows]
     rows += [{"method": method, **row} for row in measure_tuned(suite, tuned, method, scales)]
-    results = Results(None, model=name, seed=seed, arguments=arguments)
+    own = output is not None and Path(output).parent.resolve() == found.folder.resolve()
+    which = {} if own else {"adapter": str(adapter)}
+    results = Results(None, **which, model=name, seed=seed, arguments=arguments)
     results.extend(rows)
     if output is not None:
         update_results(results.rows, output)
@@ -170,7 +190,7 @@ def evaluate_adapter(
 
 
 def _head_order(found: Adapter, base: PreTrainedModel, new_head: bool, own: list[str]) -> list[str]:
-    """Names of the classes in the order of the head's outputs.
+    """Names of the classes in the order of the head's outputs, spelled as in the set.
 
     Args:
         own: the classes of the set that the adapter is measured on; their order is taken where the head has no names.
@@ -181,16 +201,22 @@ def _head_order(found: Adapter, base: PreTrainedModel, new_head: bool, own: list
     if split_classifier(base)[2] is None:
         return own
     count = base.config.num_labels
-    named = ((found.summary or {}).get("base_model") or {}).get("classes")
-    if named is None and not new_head:
-        named = [base.config.id2label[i] for i in range(count)]
+    stated = [((found.summary or {}).get("base_model") or {}).get("classes")]
+    if not new_head:
+        stated.append([base.config.id2label[i] for i in range(count)])
+    # LABEL_0 and so on are the placeholders of transformers.
+    named = next((n for n in stated if n and not all(re.fullmatch(r"LABEL_\d+", name) for name in n)), None)
     if named is not None and set(own) <= set(named):
         return named
-    if len(own) != count:
+    spelled = {plain_name(name): name for name in own}
+    if named is not None and len(spelled) == len(own) and spelled.keys() <= set(map(plain_name, named)):
+        return [spelled.get(plain_name(name), name) for name in named]
+    if named is not None or len(own) != count:
         known = f" ({', '.join(named[:3])}, ...)" if named else ""
         raise ValueError(
             f"The head of {found.folder} tells {count} classes apart{known}, the set has {len(own)} "
-            f"({', '.join(own[:3])}, ...): give a set of the classes that it was trained on."
+            f"({', '.join(own[:3])}, ...): give a set of the classes that it was trained on. If the head has these, "
+            "give as model a copy of the base whose config.json names them in its order (id2label)."
         )
     logger.warning("The head's classes have no known names: they are taken to be those of the set, in its order.")
     return own

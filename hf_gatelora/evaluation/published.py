@@ -43,6 +43,11 @@ def classifier_suite(
     return ClassifierSuite(sets=sets, original_head=head, head_classes=classes, **settings)
 
 
+def plain_name(name: str) -> str:
+    """A class name as it is compared: data sets and heads write the same one as `tree_frog` and `Tree frog`."""
+    return name.lower().replace("_", " ")
+
+
 def head_classes(data: EvalSet, id2label: dict[int, str], file: str | None) -> dict[str, torch.Tensor]:
     """For each class of a set its output of the published head, by the set's name; empty where that lacks them.
 
@@ -54,9 +59,9 @@ def head_classes(data: EvalSet, id2label: dict[int, str], file: str | None) -> d
     """
     names = data.class_names
     if file is None:
-        labels = [label.lower().replace("_", " ") for label in id2label.values()]
+        labels = [plain_name(label) for label in id2label.values()]
         places = {label: i for i, label in enumerate(labels) if labels.count(label) == 1}
-        found = [places.get(name.lower().replace("_", " ")) for name in names]
+        found = [places.get(plain_name(name)) for name in names]
         return {} if None in found else {data.name: torch.tensor(found)}
     mapping = json.loads(Path(file).read_text())
     by_name = any(name in mapping for name in names)

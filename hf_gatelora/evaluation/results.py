@@ -10,6 +10,8 @@ from pathlib import Path
 
 RESULTS_FILE = "results.jsonl"
 PACKAGES = ("hf_gatelora", "torch", "transformers", "peft", "accelerate", "datasets")
+# Arguments of an evaluation that do not change the value of a row: which rows there are, and how fast they come.
+SAME_VALUES = ("id", "ood", "retention", "scales", "batch_size", "device")
 
 
 class Results:
@@ -60,27 +62,50 @@ def read_results(path: str | os.PathLike) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def update_results(rows: list[dict], path: str | os.PathLike) -> None:
-    """Add rows to a results file; those of the same measurement (method, set, metric, scale) are replaced.
+def read_earlier(path: str | os.PathLike) -> list[dict]:
+    """The rows of a results file that others are to be added to; none where there is no file.
 
-    Rows of a set of the same name from another source are dropped: they cannot be compared with the new ones.
+    Raises:
+        ValueError: where it cannot be read, or is a folder.
+    """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder: give a file for the results.")
+    try:
+        return read_results(path) if Path(path).is_file() else []
+    except ValueError as error:
+        raise ValueError(f"{path} is no results file, and is left as it is ({error}).") from error
+
+
+def update_results(rows: list[dict], path: str | os.PathLike) -> None:
+    """Add rows to a results file; those of the same measurement (adapter, method, set, metric, scale) are replaced.
+
+    Of what is measured again two kinds of rows are dropped, as they cannot be compared with the new ones: those of a
+    set of the same name from another source, and those of other scales that were measured with other arguments.
 
     Raises:
         ValueError: where the file cannot be read.
     """
 
-    def measured(row: dict) -> tuple:
-        return tuple(row.get(key) for key in ("method", "role", "data", "metric", "wise"))
+    def on_set(row: dict) -> tuple:
+        return tuple(row.get(key) for key in ("adapter", "method", "role", "data"))
 
-    try:
-        before = read_results(path) if Path(path).is_file() else []
-    except ValueError as error:
-        raise ValueError(f"{path} is no results file, and is left as it is ({error}).") from error
-    new, sources = {measured(row) for row in rows}, {(row["role"], row["data"]): row["split"] for row in rows}
+    def measured(row: dict) -> tuple:
+        return *on_set(row), row["metric"], row.get("wise")
+
+    def how(row: dict) -> str:
+        stated = {key: value for key, value in row.get("arguments", {}).items() if key not in SAME_VALUES}
+        return json.dumps(stated, sort_keys=True)
+
+    before = read_earlier(path)
+    new = {measured(row) for row in rows}
+    sources = {(row.get("adapter"), row["role"], row["data"]): row["split"] for row in rows}
+    ways = {on_set(row): how(row) for row in rows}
     kept = [
         row
         for row in before
-        if measured(row) not in new and sources.get((row["role"], row["data"]), row["split"]) == row["split"]
+        if measured(row) not in new
+        and sources.get((row.get("adapter"), row["role"], row["data"]), row["split"]) == row["split"]
+        and ("wise" not in row or ways.get(on_set(row), how(row)) == how(row))
     ]
     write_results([*kept, *rows], path)
 
