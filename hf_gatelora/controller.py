@@ -91,7 +91,7 @@ class GateController:
     def __init__(self, model: PeftModel, layers: dict, config: GateConfig, adapter_name: str):
         self.model, self.config, self.adapter_name = model, config, adapter_name
         self._layers = layers
-        self._device = next(iter(layers.values())).lora_A[adapter_name].weight.device
+        self._device = seam.lora_parameters(next(iter(layers.values())), adapter_name)[0].device
         multiplications = {name: seam.multiplications(layer, adapter_name) for name, layer in layers.items()}
         self._sizes = {name: adapter for name, (adapter, _) in multiplications.items()}
         self.blocks: dict[str, list[str]] = group_modules(model, list(layers), config)
@@ -379,7 +379,7 @@ class GateController:
         """Bring the open blocks back to the base model, as LoRA starts: B = 0. A stays as it is."""
         for is_open, members in zip(self._open.tolist(), self.blocks.values(), strict=True):
             for name in members if is_open else []:
-                _zero(self._layers[name].lora_B[self.adapter_name].parameters())
+                seam.reset(self._layers[name], self.adapter_name)
 
     def _close_module(self, name: str, keep: bool) -> list[nn.Parameter]:
         layer = self._layers[name]
@@ -387,7 +387,7 @@ class GateController:
             return seam.remove_adapter(layer, self.adapter_name)
         # PEFT cannot express an adapter without layers: with nothing open, one block stays, with B = 0 and a gate
         # that keeps it so.
-        _zero(layer.lora_B[self.adapter_name].parameters())
+        seam.reset(layer, self.adapter_name)
         seam.install(layer, self.adapter_name, None)
         return []
 
@@ -691,11 +691,6 @@ class GateController:
                 )
             ],
         }
-
-
-def _zero(parameters) -> None:
-    parameters = list(parameters)
-    sharding.write(parameters, [torch.zeros(sharding.whole_shape(p)) for p in parameters])
 
 
 def _describe(base: nn.Module) -> dict:

@@ -314,6 +314,12 @@ def lora_parameters(layer: LoraLayer, adapter: str) -> list[nn.Parameter]:
     return [*layer.lora_A[adapter].parameters(), *layer.lora_B[adapter].parameters()]
 
 
+def reset(layer: LoraLayer, adapter: str) -> None:
+    """Make one adapter of a LoRA layer add nothing, as LoRA starts: B = 0. Collective where it is partitioned."""
+    parameters = list(layer.lora_B[adapter].parameters())
+    sharding.write(parameters, [torch.zeros(sharding.whole_shape(p)) for p in parameters])
+
+
 @torch.no_grad()
 def update_norm(layer: LoraLayer, adapter: str) -> float:
     """Squared Frobenius norm of (alpha / r) B A, through the r x r Gram matrices."""

@@ -1,7 +1,9 @@
 """`GatedLoraTrainer`, the callback on a stock Trainer, and the plain Accelerate loop."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,6 +219,12 @@ def test_gate_arguments_on_the_command_line(tmp_path):
     assert (config.target_active, config.lambda_, config.granularity) == (None, 0.3, ["a", "b"])
     with pytest.raises(ValueError, match="neither a number"):
         parse("--gate_target_active", "five percent")
+
+
+def test_only_the_seam_touches_the_internals_of_peft():
+    internals = re.compile(r"peft\.tuners|\.(lora_variant|get_base_layer|base_layer)\b|\.lora_[AB]\[")
+    package = Path(sys.modules["hf_gatelora"].__file__).parent
+    assert {file.name for file in package.rglob("*.py") if internals.search(file.read_text())} == {"layer.py"}
 
 
 def test_importing_the_package_imports_nothing_heavy():
