@@ -106,11 +106,12 @@ class GatedLoraTrainer(HubTrainer):
         self._peft_config = peft_config
         if model is not None:
             model = self._gate(model, args)
-        # Its name since transformers 5.23, and the one before.
-        name = "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
-        if args is not None and getattr(args, name):
+        if args is not None and args.activation_checkpointing:
             # Reentrant checkpointing gives no gradient to blocks whose input needs none, as in a frozen vision tower.
-            setattr(args, f"{name}_kwargs", {"use_reentrant": False, **(getattr(args, f"{name}_kwargs") or {})})
+            args.activation_checkpointing_kwargs = {
+                "use_reentrant": False,
+                **(args.activation_checkpointing_kwargs or {}),
+            }
 
         self._penalty_sum, self._penalty_count = 0.0, 0
         self._annealing: list[GateAnnealingCallback] = []

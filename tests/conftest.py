@@ -11,12 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from models import FAMILIES, Images, lora_config
-from transformers import TrainingArguments
 
 from hf_gatelora import GatedLoraTrainer, GatedLoraTrainingArguments
-
-# Name of the training argument, before and since transformers 5.23.
-CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, n))
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from backbones import BACKBONES
-from conftest import CHECKPOINTING, make_trainer
+from conftest import make_trainer
 from models import lora_config, outputs_of
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.tuners.lora.aqlm import AqlmLoraLinear
@@ -100,7 +100,7 @@ def test_kbit_training(tmp_path):
         torch.manual_seed(0)
         model = get_peft_model(base, LoraConfig(r=4, target_modules=lora_targets(base)))
         runs.append(make_trainer(backbone, tmp_path, model=model, max_steps=8, gate_target_active=0.5))
-        assert getattr(model, f"is_{CHECKPOINTING}") == checkpointing
+        assert model.is_activation_checkpointing == checkpointing
         runs[-1].train()
     assert torch.equal(runs[0].gates.open_mask, runs[1].gates.open_mask)
     torch.testing.assert_close(runs[0].gates.scores, runs[1].gates.scores, atol=1e-6, rtol=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import CHECKPOINTING, make_trainer
+from conftest import make_trainer
 from models import FAMILIES, Images, collate, lora_config, outputs_of
 from peft import get_peft_model
 from torch.optim import AdamW
@@ -100,7 +100,7 @@ def test_scores_have_their_own_rate_no_decay_and_stay_fp32(family, tmp_path):
 def test_gradient_checkpointing_gives_the_same_run(family, tmp_path):
     runs = []
     for checkpointing in (False, True):
-        trainer = make_trainer(family, tmp_path, **{CHECKPOINTING: checkpointing})
+        trainer = make_trainer(family, tmp_path, activation_checkpointing=checkpointing)
         trainer.train()
         runs.append(trainer)
     torch.testing.assert_close(runs[0].gates.scores, runs[1].gates.scores, atol=1e-5, rtol=0)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from backbones import BACKBONES
-from conftest import CHECKPOINTING, make_trainer
+from conftest import make_trainer
 from models import FAMILIES, Images, lora_config, outputs_of, randomize
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_equivalence import assert_close
@@ -316,7 +316,7 @@ def test_trl(tmp_path, stock_peft):
         trainer.train()
         return trainer, gates
 
-    fields = {"bf16": False, CHECKPOINTING: False, "loss_type": "nll"}
+    fields = {"bf16": False, "activation_checkpointing": False, "loss_type": "nll"}
     sft = trl.SFTConfig(str(tmp_path), **settings, **fields)
     tuned = {"arguments": sft, "data": Dataset.from_list(rows), "processing_class": tokenizer}
     trainer, gates = train(trl.SFTTrainer, **tuned)
