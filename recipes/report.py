@@ -3,12 +3,11 @@
 import statistics
 from dataclasses import dataclass
 
-from hf_gatelora.evaluation.suite import primary
+from hf_gatelora.evaluation.suite import TITLES, primary
 from hf_gatelora.hub.content import markdown
 
 # In the results file, and left out of a run's table to keep it readable; ECE has columns of its own.
 NOT_SHOWN = ("ece", *(f"{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in (5, 10)))
-ROLES = {"id": "ID", "ood": "OOD", "retention": "retention"}
 
 
 def label(row: dict) -> str:
@@ -34,7 +33,7 @@ def table(rows: list[dict]) -> str:
     """
     methods = list(dict.fromkeys(label(row) for row in rows))
     columns = []
-    for role, title in ROLES.items():
+    for role, title in TITLES.items():
         measured = dict.fromkeys(
             (row["data"], row["metric"]) for row in rows if row["role"] == role and row["metric"] not in NOT_SHOWN
         )
@@ -42,7 +41,7 @@ def table(rows: list[dict]) -> str:
         columns += [
             Column(f"{title} {data}{f' {metric}' if several else ''}", role, data, metric) for data, metric in measured
         ]
-    columns += [Column(f"{title} ECE", role, metric="ece") for role, title in ROLES.items()]
+    columns += [Column(f"{title} ECE", role, metric="ece") for role, title in TITLES.items()]
     costs = ["open_blocks", "trainable_parameters", "adapter_bytes", "seconds_per_step"]
     columns += [Column(metric.replace("_", " "), "cost", metric=metric) for metric in costs]
 
@@ -85,10 +84,10 @@ def comparison(rows: list[dict]) -> str:
     found: dict[str, dict[int, list[dict]]] = {}
     for row in rows:
         found.setdefault(label(row), {}).setdefault(row["seed"], []).append(row)
-    means = {method: {role: _mean(seeds, role) for role in ROLES} for method, seeds in found.items()}
+    means = {method: {role: _mean(seeds, role) for role in TITLES} for method, seeds in found.items()}
     lines = [["method", "ID", "OOD", "retention", "of LoRA's gain", "of LoRA's loss", "parameters", "seeds"]]
     for method, seeds in found.items():
-        line = [method, *[_spread(seeds, role) for role in ROLES]]
+        line = [method, *[_spread(seeds, role) for role in TITLES]]
         for role in ("id", "retention"):
             base, lora, own = (means.get(key, {}).get(role) for key in ("base", "lora", method))
             known = None not in (base, lora, own) and method != "base"

@@ -5,10 +5,9 @@ from pathlib import Path
 
 from ..evaluation.adapter import evaluate_adapter
 from ..evaluation.images import parse_named_sources
+from ..evaluation.suite import TITLES
 from ..evaluation.templates import prompt_templates
 from .text import table
-
-ROLES = {"id": "ID", "ood": "OOD", "retention": "retention"}
 
 
 def evaluate(arguments: Namespace) -> tuple[list[dict], str, int]:
@@ -43,8 +42,8 @@ def evaluate(arguments: Namespace) -> tuple[list[dict], str, int]:
 def describe_results(rows: list[dict]) -> str:
     """One line per set and metric, one column per method and scale."""
     cells: dict[tuple, dict[str, float]] = {}
-    for row in sorted(rows, key=lambda row: list(ROLES).index(row["role"])):
-        line = (f"{ROLES[row['role']]} {row['data']}", row["metric"], f"{row['n']:,}")
+    for row in sorted(rows, key=lambda row: list(TITLES).index(row["role"])):
+        line = (f"{TITLES[row['role']]} {row['data']}", row["metric"], f"{row['n']:,}")
         method = row["method"] + (f" x {row['wise']:g}" if "wise" in row else "")
         cells.setdefault(line, {})[method] = 100 * row["value"]
     methods = list(dict.fromkeys(["base", *(method for found in cells.values() for method in found)]))

@@ -15,7 +15,8 @@ from .knn import knn_logits
 from .retrieval import recall_at
 from .zero_shot import ensemble_text_features, image_features, text_features
 
-ROLES = ("id", "ood", "retention")
+TITLES = {"id": "ID", "ood": "OOD", "retention": "retention"}  # in tables, by role
+ROLES = tuple(TITLES)
 # What stands for a set where one number is wanted: the first of these that was measured on it, else its first metric.
 PRIMARY = ("knn_top1", "top1", "image_to_text_recall@1")
 

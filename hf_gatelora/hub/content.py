@@ -17,14 +17,13 @@ from peft.utils import CONFIG_NAME
 
 from ..config import GateConfig
 from ..evaluation.results import RESULTS_FILE, read_results, without_paths
-from ..evaluation.suite import PRIMARY, ROLES, primary
+from ..evaluation.suite import PRIMARY, ROLES, TITLES, primary
 from ..export import SUMMARY_FILE, read_shapes
 
 CARD, GATE_MAP, FRONTIER = "README.md", "gate_map.png", "frontier.png"
 EVAL_RESULTS = ".eval_results/hf_gatelora.yaml"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 TRAINED = "cost", "train"  # role and data of the rows that name what an adapter was trained on
-TITLES = {"id": "ID", "ood": "OOD", "retention": "retention"}
 # Metric of a results row: its identifier on the Hub, and its name in the table.
 METRICS = {"top1": ("accuracy", "accuracy"), "knn_top1": ("accuracy", "k-NN accuracy"), "ece": ("ece", "ECE")}
 # Arguments that the card's other parts show, or that say where and how a run was started, not what was trained.
