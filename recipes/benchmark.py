@@ -14,197 +14,32 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 import warnings
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from benchmark_cases import INFERENCE, BenchmarkArguments, Case, new_base, now
+from benchmark_plots import step_time
+from peft import PeftModel
 from report import markdown
 from torch import nn
-from transformers import (
-    CLIPConfig,
-    CLIPForImageClassification,
-    Dinov2Config,
-    Dinov2ForImageClassification,
-    HfArgumentParser,
-)
+from torch.profiler import ProfilerActivity, profile
+from transformers import HfArgumentParser
 
-from hf_gatelora import GateConfig, attach_gates, lora_targets
-from hf_gatelora.evaluation.results import Results, read_results
-from hf_gatelora.hub.plots import step_time
+from hf_gatelora.evaluation.results import Results, read_results, write_results
 
-CLASSES = 100
-# Width, layers, heads, patch size. CLIP is its vision tower with a head.
-MODELS = {
-    "clip-b16": (768, 12, 12, 16),
-    "clip-l14": (1024, 24, 16, 14),
-    "dinov2-s": (384, 12, 6, 14),
-    "dinov2-b": (768, 12, 12, 14),
-    "dinov2-l": (1024, 24, 16, 14),
-}
-PLACES = ("random", "late", "early")
-# What a model is that only runs: the base, adapters beside it, an adapter merged into it.
-INFERENCE = ("base", "lora, unmerged", "folded, unmerged", "folded, merged")
 MEBIBYTE = 2**20
-
-
-@dataclass
-class BenchmarkArguments:
-    """What is measured, and how often."""
-
-    model: str = field(default="dinov2-s", metadata={"help": ", ".join(MODELS)})
-    layers: int = field(default=None, metadata={"help": "another number of layers than the model's"})
-    image_size: int = field(default=224, metadata={"help": "pixels"})
-    batch_size: int = field(default=8, metadata={"help": "images per step"})
-    lora_r: int = field(default=16, metadata={"help": "rank"})
-    open_fractions: list[float] = field(
-        default_factory=lambda: [0.05, 0.25, 0.5], metadata={"help": "of blocks, of the frozen models"}
-    )
-    dtype: str = field(default="fp32", metadata={"help": "fp32, or autocast to bf16 or fp16"})
-    device: str = field(default=None, metadata={"help": "default: cuda where there is one, else cpu"})
-    threads: int = field(default=1, metadata={"help": "of torch, on a CPU"})
-    compile: bool = field(default=False, metadata={"help": "torch.compile the models"})
-    repeats: int = field(default=9, metadata={"help": "turns that every case takes"})
-    only: list[str] = field(default_factory=list, metadata={"help": "some of the cases alone, and lora"})
-    output_dir: str = field(default="outputs/benchmark", metadata={"help": "where the results go"})
-    report: bool = field(default=False, metadata={"help": "run nothing: table and plot of results.jsonl"})
-
-    def __post_init__(self):
-        if self.model not in MODELS or self.dtype not in ("fp32", "bf16", "fp16"):
-            raise ValueError(
-                f"--model {self.model} --dtype {self.dtype}: give one of {', '.join(MODELS)}, and of fp32, bf16, fp16."
-            )
-        self.device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.cases()
-
-    def cases(self) -> list[str]:
-        """Names of the training cases.
-
-        Raises:
-            ValueError: where `only` names none of them.
-        """
-        names = ["frozen forward", "full", "lora", "search", "soft search"]
-        names += [f"frozen@{fraction:g} {place}" for fraction in self.open_fractions for place in PLACES]
-        if unknown := [name for name in self.only if name not in names]:
-            raise ValueError(f"--only {unknown[0]!r} is no case: give some of {', '.join(names)}.")
-        return [name for name in names if not self.only or name in (*self.only, "lora")]
-
-
-def new_base(arguments: BenchmarkArguments) -> nn.Module:
-    """The base model, with a head; the same weights at each call."""
-    width, layers, heads, patch = MODELS[arguments.model]
-    shape = {"hidden_size": width, "num_hidden_layers": arguments.layers or layers, "num_attention_heads": heads}
-    shape |= {"image_size": arguments.image_size, "patch_size": patch}
-    torch.manual_seed(0)
-    if torch.device(arguments.device).index is not None:
-        torch.accelerator.set_device_index(torch.device(arguments.device).index)  # whose time and memory are measured
-    if arguments.model.startswith("dinov2"):
-        model = Dinov2ForImageClassification(Dinov2Config(**shape, num_labels=CLASSES))
-    else:
-        config = CLIPConfig(vision_config={**shape, "intermediate_size": 4 * width}, num_labels=CLASSES)
-        model = CLIPForImageClassification(config)
-    return model.to(arguments.device)
-
-
-class Case:
-    """A model with its optimizer, as one way of training has it.
-
-    Args:
-        base: its weights are shared where they are frozen.
-    """
-
-    def __init__(self, name: str, arguments: BenchmarkArguments, base: nn.Module):
-        self.arguments, self.gates = arguments, None
-        self.model = copy.deepcopy(base)
-        if name not in ("full", "folded, merged"):
-            self.model.load_state_dict(base.state_dict(), assign=True)
-        if name not in ("full", "frozen forward", "base"):
-            self._adapt(name)
-        self.trains = name not in ("frozen forward", *INFERENCE)
-        if self.gates and not self.gates.frozen:
-            self.optimizer = torch.optim.AdamW(self.gates.param_groups(lr=1e-5))
-        elif self.trains:
-            self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-5)
-        self.model.train(self.trains)
-        self._call = torch.compile(self.model) if arguments.compile else self.model
-        generator = torch.Generator().manual_seed(0)
-        pixels = torch.randn(arguments.batch_size, 3, *[arguments.image_size] * 2, generator=generator)
-        labels = torch.randint(CLASSES, (arguments.batch_size,), generator=generator)
-        self._batch = {"pixel_values": pixels.to(arguments.device), "labels": labels.to(arguments.device)}
-
-    def _adapt(self, name: str) -> None:
-        rank, targets = self.arguments.lora_r, lora_targets(self.model)
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=["classifier"])
-        self.model = get_peft_model(self.model, config)
-        if name.startswith("lora"):
-            return
-        kind = "sigmoid" if name == "soft search" else "straight_through"
-        # Without a budget the scores say which blocks are open after the freeze.
-        self.gates = attach_gates(self.model, GateConfig(kind=kind, target_active=None, lambda_=1e-6))
-        if "search" in name:
-            return
-        fraction, place = 0.05, "random"
-        if name.startswith("frozen@"):
-            first, place = name.removeprefix("frozen@").split()
-            fraction = float(first)
-        blocks = len(self.gates.names)
-        count = max(1, round(fraction * blocks))
-        order = list(range(blocks))
-        # Of random draws that whose earliest block, which decides how far backward goes, is in the middle of theirs.
-        draws = sorted(sorted(random.Random(seed).sample(order, count)) for seed in range(99))
-        chosen = {"random": draws[49], "early": order[:count], "late": order[-count:]}
-        self.gates.set_scores([float(i in chosen[place]) for i in order])
-        started = now(self.arguments)
-        if name.startswith("folded"):
-            self.model = self.gates.fold()
-        else:
-            self.gates.freeze()
-        self.fold_seconds = now(self.arguments) - started
-        if name.endswith(" merged"):
-            self.model = self.model.merge_and_unload()
-
-    def _forward(self) -> torch.Tensor:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.arguments.dtype)
-        with torch.autocast(torch.device(self.arguments.device).type, dtype, enabled=dtype is not None):
-            return self._call(**self._batch).loss
-
-    def step(self) -> None:
-        """A training step; a forward alone, without gradient, where nothing trains."""
-        if not self.trains:
-            with torch.no_grad():
-                self._forward()
-            return
-        loss = self._forward()
-        if self.gates:
-            loss = loss + self.gates.penalty()
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.gates:
-            self.gates.step(self.gates.progress)
-
-    def machinery(self) -> None:
-        """What a searching step does for the gates' sake, without the model: their values, penalty and schedule."""
-        values = torch.cat([gate(noisy=True) * 1.0 for gate in self.model.get_submodule("gates.default")])
-        (values.sum() + self.gates.penalty()).backward()
-        self.gates.step(self.gates.progress)
-        self.optimizer.zero_grad()
-
-    def optimizer_bytes(self) -> int:
-        """Bytes of the optimizer's state."""
-        tensors = [value for state in self.optimizer.state.values() for value in state.values()]
-        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
-
-
-def now(arguments: BenchmarkArguments) -> float:
-    """Seconds: of the processor on a CPU, of the clock where a GPU works."""
-    if arguments.device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
+# Where a step's time goes, by what the names of operations hold; the first that fits.
+PARTS = {
+    "attention": ("attention", "softmax"),
+    "matrix products": ("mm", "convolution"),
+    "norms and activations": ("layer_norm", "gelu"),
+    "optimizer": ("Optimizer", "_fused_adamw", "_foreach"),
+    "adding, scaling, copying": ("aten::",),
+    "the rest": ("",),
+}
 
 
 def take_turns(work: dict[str, object], arguments: BenchmarkArguments) -> dict[str, list[float]]:
@@ -274,6 +109,24 @@ def memory(names: list[str], arguments: BenchmarkArguments) -> list[dict]:
     return rows
 
 
+def parts(case: Case, steps: int = 3) -> dict[str, float]:
+    """Seconds of a step by kind of operation, as torch's profiler sees them: of a GPU where one works."""
+    on_gpu = case.arguments.device != "cpu"
+    case.step()
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiled:
+        for _ in range(steps):
+            case.step()
+        now(case.arguments)  # waits for the GPU
+    found = dict.fromkeys(PARTS, 0.0)
+    for event in profiled.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # kernels, whose time the operation that launched them has too
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        part = next(part for part, names in PARTS.items() if any(name in event.key for name in names))
+        found[part] += microseconds / 1e6 / steps
+    return found
+
+
 def adapter(case: Case, base: nn.Module) -> dict[str, float]:
     """Bytes of a case's adapter, what they are made of, and the seconds to save and to load it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -292,7 +145,7 @@ def adapter(case: Case, base: nn.Module) -> dict[str, float]:
 
 
 def measure(arguments: BenchmarkArguments) -> list[dict]:
-    """Measure everything; returns rows of method, metric, value and n."""
+    """Rows of method, metric, value and n."""
     names, smallest = arguments.cases(), f"@{min(arguments.open_fractions):g} "
     # First, because a process inherits the peak of the one that starts it.
     held = memory([name for name in names if "@" not in name or smallest in name], arguments)
@@ -314,6 +167,10 @@ def measure(arguments: BenchmarkArguments) -> list[dict]:
             if name.startswith("frozen@"):
                 found["fold_seconds"] = case.fold_seconds
             rows += [{"method": name, "metric": metric, "value": value, "n": 1} for metric, value in found.items()]
+    if not arguments.only:
+        for name in ("lora", "search", next(name for name in names if smallest in name)):
+            found = parts(cases[name])
+            rows += [{"method": name, "metric": f"time of {part}", "value": found[part], "n": 1} for part in found]
     cases.clear()
     if not arguments.only:
         work = {name: Case(name, arguments, base).step for name in INFERENCE}
@@ -322,17 +179,19 @@ def measure(arguments: BenchmarkArguments) -> list[dict]:
     return rows + held
 
 
+def cell(row: dict | None, scale: float = 1.0, digits: int = 2) -> str:
+    """A measurement for a table, with its quartiles where it has them."""
+    if row is None:
+        return "-"
+    spread = f" ({scale * row['low']:.{digits}f} to {scale * row['high']:.{digits}f})" if "low" in row else ""
+    return f"{scale * row['value']:,.{digits}f}{spread}"
+
+
 def table(rows: list[dict]) -> str:
     """Two Markdown tables: training as ratios to LoRA, and running as ratios to the base."""
     found: dict[str, dict[str, dict]] = {}
     for row in rows:
         found.setdefault(row["method"], {})[row["metric"]] = row
-
-    def cell(row: dict | None, scale: float = 1.0, digits: int = 2) -> str:
-        if row is None:
-            return "-"
-        spread = f" ({scale * row['low']:.{digits}f} to {scale * row['high']:.{digits}f})" if "low" in row else ""
-        return f"{scale * row['value']:,.{digits}f}{spread}"
 
     columns = {
         "step / LoRA's": ("step_ratio", 1.0, 2),
@@ -356,28 +215,49 @@ def table(rows: list[dict]) -> str:
     text = markdown(training)
     if len(running) > 1:
         text += "\n\n" + markdown(running)
+    profiled = [method for method, metrics in found.items() if f"time of {next(iter(PARTS))}" in metrics]
+    if profiled:
+        spent = [["ms of a step in", *profiled]]
+        spent += [[part, *[cell(found[m][f"time of {part}"], 1e3, 1) for m in profiled]] for part in PARTS]
+        text += "\n\n" + markdown(spent)
     if "machinery_ratio" in found.get("search", {}):
         share, blocks = found["search"]["machinery_ratio"], found["search"]["blocks"]["value"]
         text += f"\n\nOf a searching step, its {blocks} gates take {cell(share, 100, 2)} %."
     return text
 
 
+def stated(arguments: BenchmarkArguments) -> dict:
+    """The arguments that rows carry."""
+    return {key: value for key, value in asdict(arguments).items() if key not in ("output_dir", "report")}
+
+
+def measured_rows(arguments: BenchmarkArguments) -> list[dict]:
+    """Measure everything; returns rows for a results file."""
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's, which tells of every start
+    torch.set_num_threads(arguments.threads)
+    device = torch.cuda.get_device_name(arguments.device) if arguments.device != "cpu" else "CPU"
+    results = Results(None, model=arguments.model, seed=0, arguments=stated(arguments))
+    common = {"role": "cost", "data": "random pixels", "split": "train", "device": device}
+    results.extend([{**common, **row} for row in measure(arguments)])
+    return results.rows
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a file under a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text + "\n")
+    os.replace(temporary, path)
+
+
 def main(argv: list[str]) -> None:
     (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(argv)
     output = Path(arguments.output_dir)
     if not arguments.report:
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        torch.set_num_threads(arguments.threads)
-        device = torch.cuda.get_device_name(arguments.device) if arguments.device != "cpu" else "CPU"
-        stated = {key: value for key, value in asdict(arguments).items() if key not in ("output_dir", "report")}
-        results = Results(output / "results.jsonl", model=arguments.model, seed=0, arguments=stated)
-        common = {"role": "cost", "data": "random pixels", "split": "train", "device": device}
-        results.extend([{**common, **row} for row in measure(arguments)])
+        write_results(measured_rows(arguments), output / "results.jsonl")
     rows = read_results(output / "results.jsonl")
     text = table(rows)
-    temporary = output / ".benchmark.md.tmp"
-    temporary.write_text(text + "\n")
-    os.replace(temporary, output / "benchmark.md")
+    write_text(text, output / "benchmark.md")
     step_time(rows, output / "step_time.png")
     print(f"\n{text}\n\nMedians, with the quartiles. All files: {output}")
 

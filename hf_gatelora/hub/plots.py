@@ -53,7 +53,7 @@ def gate_map(summary: dict, path: str | os.PathLike) -> None:
         axis.set_title(tower, fontsize=9)
     figure.colorbar(image, ax=axes, label=f"score (tau = {tau:g})", shrink=0.9)
     figure.suptitle(f"Gates: {summary['open']} of {summary['gates']} open (framed)", fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def frontier(rows: list[dict], path: str | os.PathLike) -> None:
@@ -96,52 +96,11 @@ def frontier(rows: list[dict], path: str | os.PathLike) -> None:
         axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.suptitle("What was gained against what was kept (large dot: the adapter at scale 1)", fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
-def step_time(rows: list[dict], path: str | os.PathLike) -> None:
-    """Draw the time of a training step of frozen models against their open fraction, as ratios to PEFT LoRA.
-
-    Args:
-        rows: of `recipes/benchmark.py`; the methods are called `frozen@FRACTION PLACE`.
-        path: PNG file, written under a temporary name and then renamed.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    lines: dict[str, list[dict]] = {}
-    levels = {}
-    for row in rows:
-        if row["metric"] == "step_ratio":
-            name, _, rest = row["method"].partition("@")
-            if rest:
-                fraction, place = rest.split()
-                lines.setdefault(f"{name}, {place} blocks", []).append({**row, "fraction": 100 * float(fraction)})
-            else:
-                levels[name] = row["value"]
-    figure = Figure(figsize=(7, 4.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for label, points in lines.items():
-        points.sort(key=lambda row: row["fraction"])
-        fractions, values = ([row[key] for row in points] for key in ("fraction", "value"))
-        (line,) = axis.plot(fractions, values, marker="o", markersize=4, label=label)
-        low, high = ([row[key] for row in points] for key in ("low", "high"))
-        axis.fill_between(fractions, low, high, color=line.get_color(), alpha=0.15)
-    for i, (name, value) in enumerate(sorted(levels.items(), key=lambda level: level[1])):
-        axis.axhline(value, color="grey", linewidth=0.8, linestyle="--")
-        # Side by side, as some of them are close.
-        place = (0.99 - 0.17 * (i % 2), value)
-        axis.annotate(name, place, xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="bottom")
-    axis.set_xlabel("open blocks (%)")
-    axis.set_ylabel("time of a step / PEFT LoRA's")
-    axis.set_ylim(bottom=0)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, loc="lower right")
-    _save(figure, path)
-
-
-def _save(figure, path: str | os.PathLike) -> None:
+def save(figure, path: str | os.PathLike) -> None:
+    """Write a figure under a temporary name, then rename it."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.tmp.png")
     figure.savefig(temporary)
