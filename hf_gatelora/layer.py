@@ -49,30 +49,57 @@ PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 GATEABLE = {"layer.Linear", "layer.Conv1d", "layer.Conv2d", "layer.Conv3d", "bnb.Linear8bitLt", "bnb.Linear4bit"}
 
 
-class _AddProduct(torch.autograd.Function):
-    """`result + hidden @ weight.T`, written over `result`: neither the product nor the sum is a tensor of its own."""
+class _AddGated(torch.autograd.Function):
+    """`result + g * scaling * x @ a.T @ b.T`, written over `result`, in one node of the graph.
+
+    As separate operations the gate would cost a small layer more than LoRA itself. Gate and scaling go onto the rank-r
+    intermediate, which is far smaller than the output; neither the product with `b` nor the sum is a tensor of its own.
+
+    Args:
+        gate: the gate's value, shape (1,); with `tau` the score of a straight-through gate, which it opens at tau.
+    """
 
     @staticmethod
-    def forward(ctx, result: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
+    def forward(ctx, result: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor, tau: float | None, scaling: float):
+        rows = x.reshape(-1, x.shape[-1])
+        hidden = rows @ a.t()
+        factor = ((gate if tau is None else gate >= tau) * scaling).to(hidden.dtype)
+        ctx.save_for_backward(rows, hidden, a, b, factor)
+        ctx.shape, ctx.scaling = x.shape, scaling
         ctx.mark_dirty(result)
-        result.view(-1, result.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), weight.t())
+        result.view(-1, result.shape[-1]).addmm_(hidden * factor, b.t())
         return result
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        hidden, weight = ctx.saved_tensors
-        _, hidden_needed, weight_needed = ctx.needs_input_grad
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        to_hidden = (rows @ weight).view_as(hidden) if hidden_needed else None
-        to_weight = rows.t() @ hidden.reshape(-1, hidden.shape[-1]) if weight_needed else None
-        return gradient, to_hidden, to_weight
+        rows, hidden, a, b, factor = ctx.saved_tensors
+        _, x_needed, a_needed, b_needed, gate_needed, *_ = ctx.needs_input_grad
+        to_result = gradient.reshape(-1, gradient.shape[-1])
+        to_product = to_result @ b  # before gate and scaling
+        to_hidden = to_product * factor
+        to_x = (to_hidden @ a).view(ctx.shape) if x_needed else None
+        to_a = to_hidden.t() @ rows if a_needed else None
+        to_b = (to_result.t() @ hidden) * factor if b_needed else None
+        to_gate = (to_product * hidden).sum(dtype=torch.float32).mul(ctx.scaling).view(1) if gate_needed else None
+        return gradient, to_x, to_a, to_b, to_gate, None, None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its own forward."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in module.__dict__
 
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether calling the module is nothing but a product with its weight."""
-    hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return type(linear) is nn.Linear and not hooked and "forward" not in linear.__dict__
+    return type(linear) is nn.Linear and not _is_hooked(linear)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast brings the inputs of a product; None where it does not."""
+    kind = x.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
 
 
 class GatedLora(LoraVariant):
@@ -82,29 +109,29 @@ class GatedLora(LoraVariant):
         self.gate = gate
 
     def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
-        hidden = module.lora_A[active_adapter](module.lora_dropout[active_adapter](x))
-        # Gate and scaling go onto the rank-r intermediate, which is far smaller than the output.
+        down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        x, scaling = module.lora_dropout[active_adapter](x), module.scaling[active_adapter]
         if self.gate is None:
-            hidden = hidden * 0.0
-        else:
-            gate = self.gate(noisy=module.training)
-            hidden = hidden * (gate * module.scaling[active_adapter]).to(hidden.dtype)
-        up = module.lora_B[active_adapter]
-        if not self._may_overwrite(module, up, hidden, result):
-            return result + up(hidden)
-        return _AddProduct.apply(result, hidden, up.weight.to(hidden.dtype))
+            return result + up(down(x) * 0.0)
+        if self._may_overwrite(module, down, up, x, result):
+            dtype, gate, tau = result.dtype, self.gate, None
+            if gate.config.kind == "straight_through" and gate.score.dtype == torch.float32 and not _is_hooked(gate):
+                gate, tau = gate.score, gate.config.tau
+            else:
+                gate = gate(noisy=module.training)
+            return _AddGated.apply(result, x.to(dtype), down.weight.to(dtype), up.weight.to(dtype), gate, tau, scaling)
+        hidden = down(x)
+        return result + up(hidden * (self.gate(noisy=module.training) * scaling).to(hidden.dtype))
 
-    def _may_overwrite(self, module: LoraLayer, up: nn.Module, hidden: Tensor, result: Tensor) -> bool:
+    def _may_overwrite(self, module: LoraLayer, down: nn.Module, up: nn.Module, x: Tensor, result: Tensor) -> bool:
         # Compilers fuse by themselves; tracing and function transforms take no writing over. What a plain nn.Linear
         # returned is nobody else's. Engines that partition parameters hook the modules.
         transformed = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-        return (
-            not (torch.compiler.is_compiling() or transformed)
-            and _is_plain(up)
-            and _is_plain(module.get_base_layer())
-            and (hidden.dtype, hidden.device) == (result.dtype, result.device)
-            and result.is_contiguous()
-        )
+        if torch.compiler.is_compiling() or transformed or not result.is_contiguous():
+            return False
+        plain = _is_plain(down) and _is_plain(up) and _is_plain(module.base_layer)
+        same = result.dtype == x.dtype or result.dtype == _autocast_dtype(x)
+        return plain and same and x.device == result.device
 
     def _delta(self, module: LoraLayer, adapter: str, weight: Tensor, gate: Tensor | float) -> Tensor:
         return (module.get_delta_weight(adapter).detach() * gate).to(weight.dtype)
