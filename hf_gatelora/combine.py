@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from . import layer as seam
@@ -67,7 +66,7 @@ def combine_adapters(
         if name is None:
             combined[key] = _head(key.removeprefix(seam.PREFIX), [(value, w) for value, w, _ in found], base)
             continue
-        scalings = [_scaling(config, name, value.shape[axis]) for value, _, config in found]
+        scalings = [seam.scaling(config, name, value.shape[axis]) for value, _, config in found]
         scaling = scalings[0] if scaling is None else scaling
         values = [value for value, _, _ in found]
         if axis == 1:
@@ -97,13 +96,6 @@ def _rank_axis(key: str) -> int | None:
     if seam.module_of_key(key) is None:
         return None
     return 0 if key.rpartition("lora_")[2].startswith(("A", "embedding_A")) else 1
-
-
-def _scaling(config: dict, name: str, rank: int) -> float:
-    """What the product B A of a module is multiplied by."""
-    alphas = config.get("alpha_pattern") or {}
-    alpha = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"])
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def _head(name: str, found: list[tuple[Tensor, float]], base: torch.nn.Module | None) -> Tensor:

@@ -424,6 +424,13 @@ def exact_targets(names: list[str], every: list[str], config: dict) -> dict:
     return fields
 
 
+def scaling(config: dict, name: str, rank: int) -> float:
+    """What the product B A of a module is multiplied by, from the contents of `adapter_config.json`."""
+    alphas = config.get("alpha_pattern") or {}
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"])
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
 def unwrap_empty_layers(model: PeftModel) -> None:
     """Put the base layer back wherever a LoRA layer holds no adapter any more."""
     empty = [n for n, m in model.named_modules() if isinstance(m, LoraLayer) and not _adapter_names(m)]

@@ -207,7 +207,7 @@ def test_every_recipe_config_parses():
 def test_results_file_is_whole_after_every_row(tmp_path):
     results = Results(tmp_path / "new" / "results.jsonl", seed=1)
     for value in (0.5, 0.25):
-        results.add("base", "id", "top1", value, 10, "test", "x")
+        results.extend([{"method": "base", "role": "id", "metric": "top1", "value": value, "n": 10}])
         rows = read_results(results.path)
         assert [r["value"] for r in rows] == [0.5, 0.25][: len(rows)]
     assert rows[-1]["seed"] == 1

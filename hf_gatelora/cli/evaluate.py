@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..evaluation.adapter import evaluate_adapter
 from ..evaluation.images import parse_named_sources
+from ..evaluation.results import label
 from ..evaluation.suite import TITLES
 from ..evaluation.templates import prompt_templates
 from .text import table
@@ -44,8 +45,7 @@ def describe_results(rows: list[dict]) -> str:
     cells: dict[tuple, dict[str, float]] = {}
     for row in sorted(rows, key=lambda row: list(TITLES).index(row["role"])):
         line = (f"{TITLES[row['role']]} {row['data']}", row["metric"], f"{row['n']:,}")
-        method = row["method"] + (f" x {row['wise']:g}" if "wise" in row else "")
-        cells.setdefault(line, {})[method] = 100 * row["value"]
+        cells.setdefault(line, {})[label(row)] = 100 * row["value"]
     methods = list(dict.fromkeys(["base", *(method for found in cells.values() for method in found)]))
 
     def cell(found: dict[str, float], method: str) -> str:

@@ -28,21 +28,18 @@ class Results:
         self.common = {**common, "versions": package_versions()}
         self.rows: list[dict] = []
 
-    def add(self, method: str, role: str, metric: str, value: float, n: int, data: str, split: str, **more) -> None:
-        """Add one measurement and write the file (under a temporary name, then renamed).
+    def extend(self, rows: list[dict]) -> None:
+        """Add measurements and write the file (under a temporary name, then renamed).
 
         Args:
-            method: how the model was made, for instance `"base"`, `"lora"` or `"gated"`.
-            role: `"id"`, `"ood"`, `"retention"`, or `"cost"` for sizes and times.
-            metric, value: what was measured; accuracies are fractions.
-            n: number of samples behind the value.
-            data, split: name of the data set and its part.
+            rows: each with the fields
+                `method`: how the model was made, for instance `"base"`, `"lora"` or `"gated"`;
+                `role`: `"id"`, `"ood"`, `"retention"`, or `"cost"` for sizes and times;
+                `data`, `split`: name of the data set and its part;
+                `metric`, `value`: what was measured; accuracies are fractions;
+                `n`: number of samples behind the value;
+                and whatever else is known.
         """
-        row = {"method": method, "role": role, "data": data, "split": split, "metric": metric, "value": value, "n": n}
-        self.extend([{**row, **more}])
-
-    def extend(self, rows: list[dict]) -> None:
-        """Add measurements with the fields of `add`, and write the file once."""
         self.rows += [{**row, **self.common} for row in rows]
         if self.path is not None:
             write_results(self.rows, self.path)
@@ -108,6 +105,11 @@ def update_results(rows: list[dict], path: str | os.PathLike) -> None:
         and ("wise" not in row or ways.get(on_set(row), how(row)) == how(row))
     ]
     write_results([*kept, *rows], path)
+
+
+def label(row: dict) -> str:
+    """Method of a row, with the scale of its adapter where that is not 1."""
+    return row["method"] + (f" x {row['wise']:g}" if "wise" in row else "")
 
 
 def package_versions() -> dict[str, str]:
