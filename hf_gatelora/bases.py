@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from .export import replace_files
+from .files import replace_files
 from .inspection import Adapter
 from .layer import PREFIX
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import layer as seam
-from .export import check_scalable, read_adapter, write_stock
+from .export import check_scalable, write_stock
+from .files import read_adapter
 
 # What a sum of updates B A cannot express.
 UNSUPPORTED = ("lora_bias", "target_parameters", "trainable_token_indices", "layer_replication")

@@ -16,8 +16,9 @@ from . import gates as maths
 from . import layer as seam
 from . import sharding
 from .blocks import find_towers, gate_costs, group_modules, open_counts
+from .checkpoint import check_resumable, load_raw, read_state
 from .config import GateConfig
-from .export import load_raw, read_state, write_adapter
+from .export import write_adapter
 from .targets import outside_of_layers
 
 logger = logging.getLogger(__name__)
@@ -605,32 +606,7 @@ class GateController:
         Raises:
             ValueError: naming what differs.
         """
-        _, _, saved = read_state(directory)
-        here = self.summary()
-        names = [row["name"] for row in saved["blocks"]]
-        if names != self.names:
-            odd = sorted(set(names) ^ set(self.names))
-            raise ValueError(
-                f"{directory} is from another model or LoRA config: it has {len(names)} gates, this model has "
-                f"{len(self.names)} (differing: {odd[:3] or 'only the order'}). Resume with the model, target_modules "
-                "and granularity of that run."
-            )
-        if saved["lora"] != here["lora"]:
-            raise ValueError(
-                f"{directory} was written with another LoRA config: {saved['lora']}, this one is {here['lora']}."
-            )
-        # With FSDP's cpu_ram_efficient_loading only the main process had the base weights when the gates were attached.
-        if PartialState().is_main_process and saved["base_fingerprint"] != here["base_fingerprint"]:
-            raise ValueError(
-                f"{directory} is from another base model: the gated layers' base weights differ in shape or value. "
-                "Resume on the base model of that run."
-            )
-        changed = {k: (v, here["config"].get(k)) for k, v in saved["config"].items() if v != here["config"].get(k)}
-        if changed:
-            listed = "; ".join(f"{k} was {old!r}, is {new!r}" for k, (old, new) in changed.items())
-            raise ValueError(
-                f"{directory} was written with another gate configuration: {listed}. Resume with the same."
-            )
+        check_resumable(directory, self.summary())
 
     def restore(self, directory, by_engine: bool = False) -> None:
         """Take over the gates of a checkpoint that `check_resumable` accepted and whose weights are loaded.

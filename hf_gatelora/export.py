@@ -1,31 +1,26 @@
-"""Folding: writing a gated adapter as a stock PEFT adapter, and reading back what lies beside it."""
+"""Writing stock adapters, with their cards: of a gated model, of a checkpoint, and between base and adapter."""
 
 import filecmp
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ModulesToSaveWrapper, load_peft_weights
-from safetensors import SafetensorError, safe_open
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor
 
 from . import layer as seam
-from .evaluation.results import RESULTS_FILE, read_results, write_results
+from .checkpoint import RAW
+from .evaluation.results import RESULTS_FILE, write_results
+from .files import STATE_FILE, SUMMARY_FILE, read_adapter, read_rows, read_summary, replace_files
+from .hub.card import refresh_card
+from .hub.content import CARD, FRONTIER, GATE_MAP
 
-STATE_FILE = "gatelora_state.safetensors"
-SUMMARY_FILE = "gates.json"
 MODEL_CONFIG = "config.json"
-TEMPORARY = ".tmp-adapter-"
-RAW = "raw."  # prefix in the state file of weights as trained, where folding changed them
 
 
 def write_adapter(
@@ -51,9 +46,6 @@ def write_adapter(
         results: contents of `results.jsonl`; without them one that lies there stays only beside the same weights.
         kwargs: for `PeftModel.save_pretrained`.
     """
-    from .hub.card import refresh_card
-    from .hub.content import CARD, FRONTIER, GATE_MAP
-
     weights = dict(model.state_dict() if state_dict is None else state_dict)
     state = dict(state)
     for name, factor in factors.items():
@@ -83,39 +75,6 @@ def write_adapter(
 
 def _same(one: Path, other: Path) -> bool:
     return one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False)
-
-
-def adapter_folder(directory: str | os.PathLike, adapter_name: str) -> Path:
-    """Where below a saved folder the gated adapter's files lie: beside one that is called "default", in its own."""
-    inner = Path(directory) / adapter_name
-    return inner if (inner / SUMMARY_FILE).is_file() else Path(directory)
-
-
-def read_state(directory: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """Read what lies beside an adapter: the controller's state, weights as trained by state-dict key, the summary.
-
-    Raises:
-        ValueError: where the files are missing or unreadable.
-    """
-    directory = Path(directory)
-    try:
-        summary = json.loads((directory / SUMMARY_FILE).read_text())
-        with safe_open(directory / STATE_FILE, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{directory} is not a checkpoint of gated LoRA: {SUMMARY_FILE} and {STATE_FILE} cannot be read ({error})."
-        ) from error
-    raw = {key.removeprefix(RAW): tensors.pop(key) for key in list(tensors) if key.startswith(RAW)}
-    return tensors, raw, summary
-
-
-@torch.no_grad()
-def load_raw(model: PeftModel, raw: dict[str, Tensor]) -> None:
-    """Put weights as trained back over the folded ones."""
-    parameters = dict(model.named_parameters())
-    for key, value in raw.items():
-        parameters[key].copy_(value)
 
 
 @contextmanager
@@ -201,8 +160,8 @@ def scale_adapter(
                     "replaces, so that the two can be interpolated."
                 )
             weights[key] = torch.lerp(heads[name].to(value), value, scale)
-    summary = _read_summary(directory)
-    rows = [row for row in _read_rows(directory) if row.get("method") == "base" or row.get("wise") == scale]
+    summary = read_summary(directory)
+    rows = [row for row in read_rows(directory) if row.get("method") == "base" or row.get("wise") == scale]
     measured = any("wise" in row for row in rows)
     rows = [{key: value for key, value in row.items() if key != "wise"} for row in rows] if measured else None
     write_stock(output, config, weights, summary and {**summary, "scale": scale}, rows)
@@ -224,7 +183,7 @@ def fold_checkpoint(directory: str | os.PathLike, output: str | os.PathLike) -> 
     directory, output = Path(directory), Path(output)
     _check_other(directory, output)
     config, weights = read_adapter(directory)
-    summary = _read_summary(directory)
+    summary = read_summary(directory)
     if summary is None:
         raise ValueError(f"{directory} was not written by gated LoRA (no {SUMMARY_FILE}): there is nothing to fold.")
     adapted = list(dict.fromkeys(filter(None, map(seam.module_of_key, weights))))
@@ -233,51 +192,7 @@ def fold_checkpoint(directory: str | os.PathLike, output: str | os.PathLike) -> 
     weights = {key: value for key, value in weights.items() if seam.module_of_key(key) in (None, *kept)}
     if len(kept) < len(adapted):
         config |= seam.exact_targets(kept, adapted, config)
-    write_stock(output, config, weights, summary, _read_rows(directory))
-
-
-def read_adapter(directory: str | os.PathLike) -> tuple[dict, dict[str, Tensor]]:
-    """The config of an adapter and its weights, on the CPU.
-
-    Raises:
-        ValueError: where one of its files is missing or cannot be read.
-    """
-    directory = Path(directory)
-    try:
-        weight_file(directory)
-        return json.loads((directory / CONFIG_NAME).read_text()), load_peft_weights(str(directory), device="cpu")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{directory} holds no readable adapter ({error}).") from error
-
-
-def read_shapes(directory: Path) -> tuple[dict[str, tuple[int, ...]], int]:
-    """Shapes of an adapter's weights by their key, and the size of their file in bytes.
-
-    Raises:
-        ValueError: where the file is missing or cannot be read.
-    """
-    try:
-        file = weight_file(directory)
-        if file.name == WEIGHTS_NAME:
-            weights = torch.load(file, map_location="meta", weights_only=True)
-            return {key: tuple(value.shape) for key, value in weights.items()}, file.stat().st_size
-        with safe_open(file, framework="pt") as opened:
-            shapes = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-        return shapes, file.stat().st_size
-    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
-        raise ValueError(f"{directory} holds no readable adapter ({error}).") from error
-
-
-def weight_file(directory: Path) -> Path:
-    """The file of an adapter's weights, in either format.
-
-    Raises:
-        FileNotFoundError: where there is none.
-    """
-    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-        if (directory / name).is_file():
-            return directory / name
-    raise FileNotFoundError(f"{directory / SAFETENSORS_WEIGHTS_NAME} is missing")
+    write_stock(output, config, weights, summary, read_rows(directory))
 
 
 def write_stock(
@@ -292,9 +207,6 @@ def write_stock(
     Raises:
         ValueError: where `output` holds a model, on top of which transformers would load the adapter.
     """
-    from .hub.card import refresh_card
-    from .hub.content import FRONTIER, GATE_MAP
-
     if (output / MODEL_CONFIG).is_file():
         raise ValueError(f"{output} holds a model, on top of which the adapter would be loaded: give another folder.")
 
@@ -310,35 +222,6 @@ def write_stock(
     refresh_card(output)
 
 
-def _read_summary(directory: Path) -> dict | None:
-    try:
-        return json.loads((directory / SUMMARY_FILE).read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{directory / SUMMARY_FILE} cannot be read ({error}).") from error
-
-
-def _read_rows(directory: Path) -> list[dict]:
-    return read_results(directory / RESULTS_FILE) if (directory / RESULTS_FILE).is_file() else []
-
-
 def _check_other(directory: Path, output: Path) -> None:
     if directory.resolve() == output.resolve():
         raise ValueError(f"{output} is the adapter's own folder: give another one, the adapter stays as it is.")
-
-
-def replace_files(directory: Path, write: Callable[[Path], None], stale: set[str]) -> None:
-    """Move what `write` puts into a temporary folder to `directory`, and remove those of `stale` that it did not."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for left in directory.glob(f"{TEMPORARY}*"):  # of a process that was killed
-        shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=directory) as temporary:
-        write(Path(temporary))
-        written = {
-            file.name: file for file in (*Path(temporary).glob("*"), *Path(temporary).glob("*/*")) if file.is_file()
-        }
-        for name, file in written.items():
-            os.replace(file, directory / name)
-    for name in stale - set(written):
-        (directory / name).unlink(missing_ok=True)

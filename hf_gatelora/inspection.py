@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from . import layer as seam
-from .export import SUMMARY_FILE, read_shapes
+from .files import SUMMARY_FILE, read_shapes
 
 # Of a repository with an adapter, what its inspection, evaluation and merging need.
 NEEDED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, SUMMARY_FILE, "results.jsonl", "*processor*.json")

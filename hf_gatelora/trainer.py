@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments
 
 from .callbacks import GateAnnealingCallback, separate_scores
+from .checkpoint import adapter_folder, last_complete_checkpoint
 from .config import GateConfig
 from .controller import CONTROLLER, attach_gates
-from .export import adapter_folder
 from .hub.trainer import HubTrainer
 from .layer import check_targets, refuse_injected
 from .targets import without_heads
@@ -303,24 +303,6 @@ def gate_logs(gates) -> dict[str, float]:
         for tower, row in towers.items():
             logs[f"open_fraction/{tower}"] = row["open"] / row["gates"]
     return logs
-
-
-def last_complete_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint folder that was written to its end: Trainer writes its state last.
-
-    Raises:
-        ValueError: where there is none.
-    """
-    root = Path(output_dir)
-    folders = [folder for folder in root.glob("checkpoint-*") if folder.name.rsplit("-", 1)[1].isdigit()]
-    folders.sort(key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
-    for folder in folders:
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return str(folder)
-    raise ValueError(f"No complete checkpoint in {output_dir} to resume from (found {[f.name for f in folders]}).")
 
 
 def _adapted(model, peft_config: LoraConfig | None) -> PeftModel:

@@ -18,7 +18,7 @@ from peft.utils import CONFIG_NAME
 from ..config import GateConfig
 from ..evaluation.results import RESULTS_FILE, read_results, without_paths
 from ..evaluation.suite import PRIMARY, ROLES, TITLES, primary
-from ..export import SUMMARY_FILE, read_shapes
+from ..files import SUMMARY_FILE, read_shapes
 
 CARD, GATE_MAP, FRONTIER = "README.md", "gate_map.png", "frontier.png"
 EVAL_RESULTS = ".eval_results/hf_gatelora.yaml"

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabl
 
 from .. import __version__
 from ..evaluation.results import RESULTS_FILE
-from ..export import STATE_FILE, SUMMARY_FILE
+from ..files import STATE_FILE, SUMMARY_FILE
 from .card import is_generated, write_card
 from .content import CARD, EVAL_RESULTS, FRONTIER, GATE_MAP
 

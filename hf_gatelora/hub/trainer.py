@@ -14,8 +14,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
+from ..checkpoint import adapter_folder
 from ..engines import EngineTrainer
-from ..export import adapter_folder
 from .card import is_generated, write_card
 from .content import CARD
 from .push import PushError, adapter_files, reason, upload

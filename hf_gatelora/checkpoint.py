@@ -1,0 +1,100 @@
+"""Checkpoints: what lies beside an adapter to resume from, and whether a run can resume from it."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from safetensors import safe_open
+from torch import Tensor
+
+from .files import STATE_FILE, SUMMARY_FILE
+
+RAW = "raw."  # prefix in the state file of weights as trained, where folding changed them
+
+
+def adapter_folder(directory: str | os.PathLike, adapter_name: str) -> Path:
+    """Where below a saved folder the gated adapter's files lie: beside one that is called "default", in its own."""
+    inner = Path(directory) / adapter_name
+    return inner if (inner / SUMMARY_FILE).is_file() else Path(directory)
+
+
+def read_state(directory: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
+    """Read what lies beside an adapter: the controller's state, weights as trained by state-dict key, the summary.
+
+    Raises:
+        ValueError: where the files are missing or unreadable.
+    """
+    directory = Path(directory)
+    try:
+        summary = json.loads((directory / SUMMARY_FILE).read_text())
+        with safe_open(directory / STATE_FILE, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{directory} is not a checkpoint of gated LoRA: {SUMMARY_FILE} and {STATE_FILE} cannot be read ({error})."
+        ) from error
+    raw = {key.removeprefix(RAW): tensors.pop(key) for key in list(tensors) if key.startswith(RAW)}
+    return tensors, raw, summary
+
+
+@torch.no_grad()
+def load_raw(model: PeftModel, raw: dict[str, Tensor]) -> None:
+    """Put weights as trained back over the folded ones."""
+    parameters = dict(model.named_parameters())
+    for key, value in raw.items():
+        parameters[key].copy_(value)
+
+
+def check_resumable(directory: str | os.PathLike, here: dict) -> None:
+    """Check that a checkpoint was written by a run with the same base model, blocks and gate configuration.
+
+    Args:
+        here: the summary of this run's gates.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    _, _, saved = read_state(directory)
+    names, own = ([row["name"] for row in summary["blocks"]] for summary in (saved, here))
+    if names != own:
+        odd = sorted(set(names) ^ set(own))
+        raise ValueError(
+            f"{directory} is from another model or LoRA config: it has {len(names)} gates, this model has "
+            f"{len(own)} (differing: {odd[:3] or 'only the order'}). Resume with the model, target_modules "
+            "and granularity of that run."
+        )
+    if saved["lora"] != here["lora"]:
+        raise ValueError(
+            f"{directory} was written with another LoRA config: {saved['lora']}, this one is {here['lora']}."
+        )
+    # With FSDP's cpu_ram_efficient_loading only the main process had the base weights when the gates were attached.
+    if PartialState().is_main_process and saved["base_fingerprint"] != here["base_fingerprint"]:
+        raise ValueError(
+            f"{directory} is from another base model: the gated layers' base weights differ in shape or value. "
+            "Resume on the base model of that run."
+        )
+    changed = {k: (v, here["config"].get(k)) for k, v in saved["config"].items() if v != here["config"].get(k)}
+    if changed:
+        listed = "; ".join(f"{k} was {old!r}, is {new!r}" for k, (old, new) in changed.items())
+        raise ValueError(f"{directory} was written with another gate configuration: {listed}. Resume with the same.")
+
+
+def last_complete_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint folder that was written to its end: Trainer writes its state last.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    root = Path(output_dir)
+    folders = [folder for folder in root.glob("checkpoint-*") if folder.name.rsplit("-", 1)[1].isdigit()]
+    folders.sort(key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
+    for folder in folders:
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return str(folder)
+    raise ValueError(f"No complete checkpoint in {output_dir} to resume from (found {[f.name for f in folders]}).")
