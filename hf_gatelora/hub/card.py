@@ -13,6 +13,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from .content import CARD, EVAL_RESULTS, FRONTIER, GATE_MAP, AdapterCard, hub_id
 from .plots import frontier, gate_map
+from .tables import scales_table
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def write_card(
     if card.summary.get("blocks"):
         gate_map(card.summary, directory / GATE_MAP)
         card.pictures.add(GATE_MAP)
-    if card.scales_table:
+    if scales_table(card.rows):
         frontier(card.rows, directory / FRONTIER)
         card.pictures.add(FRONTIER)
     if card.eval_entries:

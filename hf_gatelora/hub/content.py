@@ -4,11 +4,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -17,15 +15,14 @@ from peft.utils import CONFIG_NAME
 
 from ..config import GateConfig
 from ..evaluation.results import RESULTS_FILE, read_results, without_paths
-from ..evaluation.suite import PRIMARY, ROLES, TITLES, primary
+from ..evaluation.suite import PRIMARY, TITLES
 from ..files import SUMMARY_FILE, read_shapes
+from . import tables
+from .tables import METRICS, TRAINED, measured, metric_name
 
 CARD, GATE_MAP, FRONTIER = "README.md", "gate_map.png", "frontier.png"
 EVAL_RESULTS = ".eval_results/hf_gatelora.yaml"
 TEMPLATE = Path(__file__).with_name("card_template.md")
-TRAINED = "cost", "train"  # role and data of the rows that name what an adapter was trained on
-# Metric of a results row: its identifier on the Hub, and its name in the table.
-METRICS = {"top1": ("accuracy", "accuracy"), "knn_top1": ("accuracy", "k-NN accuracy"), "ece": ("ece", "ECE")}
 # Arguments that the card's other parts show, or that say where and how a run was started, not what was trained.
 NOT_SHOWN = {
     *("model", "train", "test", "validation", "ood", "retention", "validation_ood", "validation_retention", "bank"),
@@ -167,93 +164,14 @@ class AdapterCard:
     def open_blocks(self) -> list[dict]:
         return [block for block in self.summary.get("blocks", []) if block["open"]]
 
-    # ---- measurements -------------------------------------------------------------------------------------------
-
-    def measured(self, method: str | None = None, wise: float | None = None) -> list[dict]:
-        """Rows of ID, OOD and retention sets: of the base (`"base"`) or of the adapter, at one scale."""
-        return [
-            row
-            for row in self.rows
-            if row["role"] in ROLES and (row["method"] == "base") == (method == "base") and row.get("wise") == wise
-        ]
-
-    @property
-    def missing(self) -> list[str]:
-        """Titles of the roles that were not measured."""
-        return [title for role, title in TITLES.items() if all(row["role"] != role for row in self.measured())]
-
-    @property
-    def results_table(self) -> str:
-        """ID, OOD and retention with the base beside them, one line per set and metric, without the calibration."""
-        return self._compare(lambda metric: metric != "ece")
-
-    @property
-    def calibration_table(self) -> str | None:
-        """The same for the expected calibration error; None where it was not measured."""
-        known = any(row["metric"] == "ece" for row in self.measured())
-        return self._compare(lambda metric: metric == "ece") if known else None
-
-    def _compare(self, wanted: Callable[[str], bool]) -> str:
-        base = {(row["role"], row["data"], row["metric"]): row["value"] for row in self.measured("base")}
-        lines = [["", "set", "metric", "base", "this adapter", "change", "n"]]
-        for role, title in TITLES.items():
-            rows = [row for row in self.measured() if row["role"] == role and wanted(row["metric"])]
-            sets, metrics = dict.fromkeys(row["data"] for row in rows), dict.fromkeys(row["metric"] for row in rows)
-            for metric in metrics:
-                own = [row for row in rows if row["metric"] == metric]
-                for row in own:
-                    before = base.get((role, row["data"], metric))
-                    lines.append([title, row["data"], metric_name(row), *_compared(row, before), f"{row['n']:,}"])
-                if 1 < len(own) == len(sets):
-                    befores = [base.get((role, row["data"], metric)) for row in own]
-                    mean = {**own[0], "value": fmean(row["value"] for row in own)}
-                    before = None if None in befores else fmean(befores)
-                    lines.append([title, "**mean**", metric_name(mean), *_compared(mean, before), ""])
-            if not rows:
-                lines.append([title, "", "", "not measured", "not measured", "", ""])
-        return markdown(lines, numbers_from=3)
-
-    @property
-    def scales_table(self) -> str | None:
-        """WiSE-FT: ID, OOD and retention over the scales of the adapter; None where no scale was measured."""
-        scales = sorted({row["wise"] for row in self.rows if 0 < row.get("wise", 0) < 1})
-        if not scales:
-            return None
-        points = [("0 (base)", self.measured("base")), *((f"{s:g}", self.measured(wise=s)) for s in scales)]
-        points.append(("1 (this adapter)", self.measured()))
-        roles = [role for role in ROLES if TITLES[role] not in self.missing]
-        lines = [["scale", *(TITLES[role] for role in roles)]]
-        for name, rows in points:
-            values = [primary(rows, role) for role in roles]
-            lines.append([name, *("not measured" if value is None else f"{100 * value:.1f} %" for value in values)])
-        return markdown(lines, numbers_from=1)
-
-    @property
-    def data_table(self) -> str:
-        """Where the images came from."""
-        lines, seen = [["used for", "set", "source", "revision"]], set()
-        for row in sorted(self.rows, key=lambda row: row["role"] in ROLES):
-            key = row["role"], row["data"]
-            if key in seen or not (row["role"] in ROLES or key == TRAINED):
-                continue
-            seen.add(key)
-            source, revision = without_paths(str(row["split"])) or "not stated", ""
-            if "dataset" in row:
-                source = f"[{source}](https://huggingface.co/datasets/{row['dataset']})"
-                revision = row.get("revision", "not recorded")
-            lines.append([TITLES.get(row["role"], "training"), row["data"], source, revision])
-        if not any(line[3] for line in lines[1:]):
-            lines = [line[:3] for line in lines]
-        return markdown(lines) if len(lines) > 1 else ""
+    # ---- training -----------------------------------------------------------------------------------------------
 
     @property
     def stale_step(self) -> tuple[int, int] | None:
         """(step that was measured, step of the adapter's weights), where these differ."""
-        steps = {row["step"] for row in self.measured() if "step" in row}
+        steps = {row["step"] for row in measured(self.rows) if "step" in row}
         weights = self.summary.get("weights_step", self.summary.get("steps"))
         return (max(steps), weights) if steps and weights is not None and steps != {weights} else None
-
-    # ---- training -----------------------------------------------------------------------------------------------
 
     @property
     def arguments(self) -> dict[str, object]:
@@ -294,7 +212,7 @@ class AdapterCard:
         tags = ["lora", *(["gated-lora", "hf_gatelora"] if self.summary else []), *self.tags]
         tags += [f"base_model:adapter:{self.base}"] if self.base else []
         results = []
-        for row in self.measured():
+        for row in measured(self.rows):
             results.append(
                 EvalResult(
                     task_type=self.pipeline_tag or "image-classification",
@@ -324,9 +242,9 @@ class AdapterCard:
     def eval_entries(self) -> list[EvalResultEntry]:
         """The primary metric of each set that names a data set of the Hub, for `.eval_results/`."""
         entries = []
-        sets = {(row["role"], row["data"]): row for row in self.measured() if "dataset" in row}
+        sets = {(row["role"], row["data"]): row for row in measured(self.rows) if "dataset" in row}
         for role, data in sets:
-            rows = [row for row in self.measured() if (row["role"], row["data"]) == (role, data)]
+            rows = [row for row in measured(self.rows) if (row["role"], row["data"]) == (role, data)]
             row = next((row for metric in PRIMARY for row in rows if row["metric"] == metric), rows[0])
             entries.append(
                 EvalResultEntry(
@@ -356,41 +274,6 @@ def hub_id(name: str | None) -> str | None:
     return name
 
 
-def metric_name(row: dict) -> str:
-    """Name of a row's metric in a table."""
-    return METRICS.get(row["metric"], (None, row["metric"].replace("_", " ")))[1]
-
-
-def markdown(lines: list[list[str]], numbers_from: int | None = None) -> str:
-    """Lines of cells as a Markdown table that is also readable as text; the first line is the head.
-
-    Args:
-        numbers_from: the first of the columns that are aligned to the right; None: no column is.
-    """
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    right = [numbers_from is not None and i >= numbers_from for i in range(len(widths))]
-    text = [
-        "| " + " | ".join(e.rjust(w) if r else e.ljust(w) for e, w, r in zip(line, widths, right)) + " |"
-        for line in lines
-    ]
-    rule = "|".join("-" * (width + 1) + (":" if r else "-") for width, r in zip(widths, right))
-    return "\n".join([text[0], f"|{rule}|", *text[1:]])
-
-
-def _value(row: dict, value: float | None, sign: str = "") -> str:
-    if value is None:
-        return "not measured"
-    if row["metric"] in METRICS or "recall@" in row["metric"]:
-        return f"{100 * value:{sign}.1f}" + ("" if sign else " %")
-    return f"{value:{sign}.4g}"
-
-
-def _compared(row: dict, before: float | None) -> list[str]:
-    now = row["value"]
-    change = "" if before is None or now is None else _value(row, now - before, "+")
-    return [_value(row, before), _value(row, now), change]
-
-
 def _split_of(row: dict) -> str | None:
     """The split of a Hub data set, as in `user/data:test`."""
     return row["split"].rpartition(":")[2] if "dataset" in row and ":" in row["split"] else None
@@ -414,4 +297,4 @@ def _code(value) -> str:
     return f"`{text}`".replace("|", "\\|")
 
 
-TEMPLATE_NAMES = {"code": _code, "markdown": markdown, "GATE_MAP": GATE_MAP, "FRONTIER": FRONTIER}
+TEMPLATE_NAMES = {"code": _code, "tables": tables, "GATE_MAP": GATE_MAP, "FRONTIER": FRONTIER}
