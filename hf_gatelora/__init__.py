@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 _HOME = {
     "GateConfig": "config",
     "GateController": "controller",
-    "attach_gates": "controller",
+    "attach_gates": "attach",
     "lora_targets": "targets",
     "GateAnnealingCallback": "callbacks",
     "RetentionCallback": "retention",

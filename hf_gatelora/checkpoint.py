@@ -48,7 +48,7 @@ def load_raw(model: PeftModel, raw: dict[str, Tensor]) -> None:
         parameters[key].copy_(value)
 
 
-def check_resumable(directory: str | os.PathLike, here: dict) -> None:
+def check_same_run(directory: str | os.PathLike, here: dict) -> None:
     """Check that a checkpoint was written by a run with the same base model, blocks and gate configuration.
 
     Args:

@@ -1,85 +1,31 @@
-"""`attach_gates` puts gates on the LoRA layers of a `PeftModel`; `GateController` is the handle to them."""
+"""`GateController`: the handle to the gates of one adapter."""
 
 import logging
 import math
 import tempfile
-import weakref
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import gates as maths
 from . import layer as seam
 from . import sharding
 from .blocks import find_towers, gate_costs, group_modules, open_counts
-from .checkpoint import check_resumable, load_raw, read_state
+from .checkpoint import check_same_run, load_raw, read_state
 from .config import GateConfig
 from .export import write_adapter
-from .targets import outside_of_layers
+from .freeze import check_freezable, close_blocks, explain_degenerate
+from .hub.push import PushError, push_adapter
+from .optimizers import Optimizers
+from .penalty import STEER_LAMBDA, Penalty
 
 logger = logging.getLogger(__name__)
 
-_CONTROLLERS = weakref.WeakSet()
-
-
-def _notice(optimizer, args, kwargs) -> None:
-    for gates in list(_CONTROLLERS):
-        gates.watch(optimizer)
-
-
-# An optimizer that updates the blocks of a controller makes itself known at its first step, so that the freeze can drop
-# the state of closed blocks from it, whoever created it.
-register_optimizer_step_post_hook(_notice)
-
 CONTROLLER = "gate_controller"  # attribute of the PeftModel
 GATES = "gates"  # child module of the PeftModel: {adapter name: list of gates}
-
-
-def attach_gates(
-    peft_model: PeftModel, config: GateConfig | None = None, adapter_name: str = "default"
-) -> "GateController":
-    """Put a gate on every LoRA block of one adapter, in place.
-
-    Args:
-        peft_model: an ordinary `PeftModel` with LoRA layers, as `get_peft_model` returns it.
-        config: the gates' settings; None takes the defaults.
-        adapter_name: which of the model's adapters.
-
-    Returns:
-        The controller of the gates. `peft_model.save_pretrained` writes stock adapters from now on.
-
-    Raises:
-        TypeError: where the model is no `PeftModel`, the adapter is not LoRA, or a layer cannot be gated.
-        ValueError: where the adapter does not exist or has no LoRA layer, a target pattern, budget, group or cost
-            matches nothing or several, or the model has gates already.
-    """
-    if not isinstance(peft_model, PeftModel):
-        seam.refuse_injected(peft_model)
-        raise TypeError(
-            f"attach_gates needs a PeftModel, found {type(peft_model).__name__}. Make one with "
-            "peft.get_peft_model(model, LoraConfig(...)), and attach the gates before accelerator.prepare."
-        )
-    if adapter_name not in peft_model.peft_config:
-        raise ValueError(f"No adapter {adapter_name!r}: the model has {sorted(peft_model.peft_config)}.")
-    if getattr(peft_model, CONTROLLER, None) is not None:
-        attached = getattr(peft_model, CONTROLLER).adapter_name
-        raise ValueError(
-            f"The model has gates already, on adapter {attached!r}: use that GateController. To gate another adapter, "
-            "first call its fold(), which freezes these gates and leaves stock LoRA."
-        )
-    layers = seam.lora_layers(peft_model, adapter_name)
-    seam.check_targets(peft_model, peft_model.peft_config[adapter_name])
-    outside = outside_of_layers(peft_model, list(layers))
-    if outside:
-        logger.warning(
-            f"These gates are on heads or projections, outside of the repeated layers: {', '.join(outside)}. "
-            'target_modules="all-linear" takes them in; target_modules=lora_targets(model) leaves them out.'
-        )
-    return GateController(peft_model, layers, config or GateConfig(), adapter_name)
 
 
 class GateController:
@@ -92,18 +38,17 @@ class GateController:
     def __init__(self, model: PeftModel, layers: dict, config: GateConfig, adapter_name: str):
         self.model, self.config, self.adapter_name = model, config, adapter_name
         self._layers = layers
-        self._device = seam.lora_parameters(next(iter(layers.values())), adapter_name)[0].device
         multiplications = {name: seam.multiplications(layer, adapter_name) for name, layer in layers.items()}
         self._sizes = {name: adapter for name, (adapter, _) in multiplications.items()}
         self.blocks: dict[str, list[str]] = group_modules(model, list(layers), config)
         self.towers: dict[str, list[int]] = find_towers(self.blocks, config)
         self._counts = open_counts(self.towers, len(self.blocks), config)
-        costs = gate_costs(self.blocks, multiplications, config)
-        self._costs = torch.tensor(costs, dtype=torch.float32, device=self._device)
+        self._penalty = Penalty(config, gate_costs(self.blocks, multiplications, config), self.towers, self._counts)
         self._fingerprint = seam.fingerprint(layers)
         self._base = _describe(model.get_base_model())
 
-        gates = nn.ModuleList(maths.Gate(config, self._device) for _ in self.blocks)
+        device = seam.lora_parameters(next(iter(layers.values())), adapter_name)[0].device
+        gates = nn.ModuleList(maths.Gate(config, device) for _ in self.blocks)
         for gate, members in zip(gates, self.blocks.values(), strict=True):
             for name in members:
                 seam.install(layers[name], adapter_name, gate)
@@ -119,13 +64,7 @@ class GateController:
         self.results: list[dict] = []
         self.weights_step: int | None = None
         self._open: Tensor | None = None  # boolean mask, once frozen
-        self._lambda = torch.zeros(len(self.towers), dtype=torch.float32, device=self._device)
-        index = {i: t for t, members in enumerate(self.towers.values()) for i in members}
-        self._tower_of = torch.tensor([index[i] for i in range(len(index))], device=self._device)
-        targets = [count / len(members) for members, count in self._counts or []]  # one budget counts for all towers
-        self._target = torch.tensor(targets, dtype=torch.float32, device=self._device)
-        self._optimizers: list[weakref.ref] = []
-        _CONTROLLERS.add(self)
+        self._optimizers = Optimizers(self._block_parameters)
 
         model.save_pretrained, model.push_to_hub = self.save_pretrained, self.push_to_hub
         self._refresh()
@@ -228,10 +167,8 @@ class GateController:
         concrete gates the probability of a non-zero gate takes the place of |s_i|.
         """
         if self.frozen:
-            return torch.zeros((), device=self._device)
-        self._follow_device()
-        terms = maths.penalty_terms(self._read_scores(), self.config)
-        penalty = (self._lambda[self._tower_of] * self._costs * terms).sum() / self._costs.sum()
+            return torch.zeros((), device=self._scores.device)
+        penalty = self._penalty(self._read_scores())
         if penalty.requires_grad:
             penalty.register_hook(self._count_penalty)
         return penalty
@@ -267,39 +204,29 @@ class GateController:
         else:
             self._refresh()
 
+    @property
+    def lambda_(self) -> float:
+        """Penalty weight now, mean over the gates."""
+        return self._penalty.lambda_
+
+    @property
+    def temperature(self) -> float | None:
+        """Temperature of sigmoid gates now; None for the other kinds."""
+        return maths.temperature(self.progress, self.config) if self.config.kind == "sigmoid" else None
+
     @torch.no_grad()
     def _refresh(self) -> None:
         """Bring everything that follows from progress and scores up to date, without a host sync."""
         gates = self._gates
-        self._follow_device()
         self._scores = self._read_scores()
-        factor = maths.ramp(self.progress, self.config)
-        if self.config.lambda_ is not None:
-            self._lambda = torch.full_like(self._lambda, self.config.lambda_ * factor)
-        else:
-            is_open = (self._scores >= self.config.tau).float()
-            size = torch.zeros_like(self._lambda).index_add_(0, self._tower_of, torch.ones_like(is_open))
-            fraction = torch.zeros_like(self._lambda).index_add_(0, self._tower_of, is_open) / size
-            if not isinstance(self.config.target_active, dict):
-                # One budget for all towers: which tower gives up how much is for the scores to say.
-                fraction = is_open.mean().expand_as(size)
-            self._lambda = factor * maths.steered_lambda(fraction, self._target, self.progress, self.config)
+        self._penalty.steer(self._scores, self.progress)
         if self.config.kind == "sigmoid":
             value = maths.temperature(self.progress, self.config)
             values = [torch.full_like(gates[0].temperature, value)] * len(gates)
             torch._foreach_copy_([g.temperature for g in gates], values)
         if self.config.kind == "hard_concrete":
-            noise = maths.step_noise(self.config, self.steps, len(gates)).to(self._device)
+            noise = maths.step_noise(self.config, self.steps, len(gates)).to(self._scores.device)
             torch._foreach_copy_([g.noise for g in gates], list(noise.split(1)))
-
-    def _follow_device(self) -> None:
-        """Keep the constants where the scores are: models move after gates are attached."""
-        device = self._gates[0].score.device
-        if device != self._device:
-            self._device = device
-            self._costs, self._lambda = self._costs.to(device), self._lambda.to(device)
-            self._tower_of, self._scores = self._tower_of.to(device), self._scores.to(device)
-            self._target = self._target.to(device)
 
     # ---- freeze -------------------------------------------------------------------------------------------------
 
@@ -319,15 +246,7 @@ class GateController:
     def _freeze(self, rewind: bool) -> None:
         if self.frozen:
             return
-        if any(seam.is_merged(layer) for layer in self._layers.values()):
-            raise RuntimeError("Cannot freeze: the adapter is merged into the base weights. Unmerge it first.")
-        if sharding.strict_ddp_wrapper(self.model) is not None:
-            raise RuntimeError(
-                "Cannot freeze: DistributedDataParallel would fail at the next step, because closed blocks get no "
-                "gradient. Pass Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters="
-                "True)]), or leave ddp_find_unused_parameters=False out of the training arguments."
-            )
-        self._follow_device()
+        check_freezable(self.model, self._layers)
         self._scores = self._read_scores()
         if not self._scores.isfinite().all():
             bad = [n for n, s in zip(self.names, self.scores, strict=True) if not math.isfinite(s)]
@@ -339,12 +258,11 @@ class GateController:
         else:
             towers, counts = zip(*self._counts, strict=True)
             mask = maths.select_open(self._ranking(), list(towers), list(counts))
-        optimizers = [optimizer for optimizer in (known() for known in self._optimizers) if optimizer is not None]
         self._close(mask)
         if rewind:
-            self._rewind()
-            for optimizer in optimizers:
-                sharding.restart(optimizer)
+            for name in self._open_modules:  # as LoRA starts: B = 0; A stays as it is
+                seam.reset(self._layers[name], self.adapter_name)
+            self._optimizers.restart()
         if self.degenerate:
             logger.warning(self.degenerate)
 
@@ -359,53 +277,21 @@ class GateController:
 
     def _close(self, mask: Tensor) -> None:
         self._open = mask.clone()
-        removed: list[nn.Parameter] = [gate.score for gate in self._gates]
-        open_modules = []
-        for is_open, members in zip(mask.tolist(), self.blocks.values(), strict=True):
-            for name in members:
-                if is_open:
-                    seam.uninstall(self._layers[name], self.adapter_name)
-                    open_modules.append(name)
-                else:
-                    removed += self._close_module(name, keep=not mask.any() and name == next(iter(self._layers)))
-        if not open_modules:
-            open_modules = [next(iter(self._layers))]
-        seam.narrow_targets(self.model, self.adapter_name, open_modules)
-        seam.unwrap_empty_layers(self.model)
+        removed = [gate.score for gate in self._gates]
+        removed += close_blocks(self.model, self.adapter_name, self._layers, self._open_modules)
         delattr(self.model, GATES)
-        self._lambda = torch.zeros_like(self._lambda)
-        self._forget(removed)
+        self._penalty.end()
+        self._optimizers.forget(removed)
 
-    def _rewind(self) -> None:
-        """Bring the open blocks back to the base model, as LoRA starts: B = 0. A stays as it is."""
-        for is_open, members in zip(self._open.tolist(), self.blocks.values(), strict=True):
-            for name in members if is_open else []:
-                seam.reset(self._layers[name], self.adapter_name)
-
-    def _close_module(self, name: str, keep: bool) -> list[nn.Parameter]:
-        layer = self._layers[name]
-        if not keep:
-            return seam.remove_adapter(layer, self.adapter_name)
-        # PEFT cannot express an adapter without layers: with nothing open, one block stays, with B = 0 and a gate
-        # that keeps it so.
-        seam.reset(layer, self.adapter_name)
-        seam.install(layer, self.adapter_name, None)
-        return []
+    @property
+    def _open_modules(self) -> list[str]:
+        pairs = zip(self._open.tolist(), self.blocks.values(), strict=True)
+        return [name for is_open, members in pairs if is_open for name in members]
 
     @property
     def degenerate(self) -> str | None:
         """What is wrong with a result in which every gate ended the same way; None where it is not so."""
-        if not self.frozen or 0 < int(self._open.sum()) < len(self._open):
-            return None
-        if self._open.all():
-            return (
-                f"All {len(self._open)} gates ended open: this is plain LoRA. Set target_active, or raise lambda_ or "
-                "the number of search steps."
-            )
-        return (
-            f"All {len(self._open)} gates ended closed: the adapter does nothing (it is written as one block with "
-            "B = 0, because PEFT cannot load an adapter without layers). Set target_active > 0, or lower lambda_."
-        )
+        return explain_degenerate(self._open) if self.frozen else None
 
     def fold(self) -> PeftModel:
         """Freeze, and turn the model in place into a plain PEFT LoRA with the open blocks; returns the model.
@@ -426,6 +312,8 @@ class GateController:
         del self.model.save_pretrained, self.model.push_to_hub
         delattr(self.model, CONTROLLER)
         return self.model
+
+    # ---- saving -------------------------------------------------------------------------------------------------
 
     def save_folded(self, directory) -> None:
         """Write a stock PEFT adapter that gives the gated model's outputs; the model stays as it is.
@@ -498,8 +386,6 @@ class GateController:
         Returns:
             The URL of the repository; None on the other processes.
         """
-        from .hub.push import PushError, push_adapter
-
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, selected_adapters=[self.adapter_name])
             if not PartialState().is_main_process:
@@ -532,45 +418,19 @@ class GateController:
         gradient up to a full step, also one that is nothing beside the penalty, and such noise would decide which
         blocks open. Other optimizers ignore the entry.
         """
-        epsilon = 0.1 * (self.config.lambda_ or maths.STEER_LAMBDA) / len(self.blocks)
+        epsilon = 0.1 * (self.config.lambda_ or STEER_LAMBDA) / len(self.blocks)
         rate = self.config.learning_rate
         return {"params": self.score_parameters(), "lr": rate, "weight_decay": 0.0, "eps": epsilon}
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Make an optimizer known, so that the freeze drops closed blocks from it; its first step does so as well."""
-        if self.frozen or any(known() is optimizer for known in self._optimizers):
-            return
-        own = self.score_parameters()
-        own += [p for layer in self._layers.values() for p in seam.lora_parameters(layer, self.adapter_name)]
-        if sharding.updates(optimizer, own):
-            self._optimizers.append(weakref.ref(optimizer))
-            score = self.score_parameters()[0]
-            for group in optimizer.param_groups:
-                if group.get("weight_decay") and any(p is score for p in group["params"]):
-                    logger.warning(
-                        "The optimizer decays the gates' scores, and trains them like weights. Build it from "
-                        "gates.param_groups(lr=...)."
-                    )
+        self._optimizers.watch(optimizer)
 
-    def _forget(self, parameters: list[nn.Parameter]) -> None:
-        gone = {id(p) for p in parameters}
-        for parameter in parameters:
-            parameter.grad = None
-            # ZeRO-3 would go on applying the last gradient that it saw, and count it in the gradient norm.
-            parameter.requires_grad_(False)
-        for optimizer in filter(None, (known() for known in self._optimizers)):
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if id(p) not in gone]
-            for parameter in parameters:
-                optimizer.state.pop(parameter, None)
-        self._optimizers = []
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_optimizers": []}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        _CONTROLLERS.add(self)
+    def _block_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        if self.frozen:
+            return [], []
+        layers = self._layers.values()
+        return self.score_parameters(), [p for layer in layers for p in seam.lora_parameters(layer, self.adapter_name)]
 
     # ---- state and summary --------------------------------------------------------------------------------------
 
@@ -593,7 +453,7 @@ class GateController:
         self.progress, self.steps = float(state["progress"]), int(state["steps"])
         self.total_steps = int(state["total_steps"]) or None
         if len(state["open"]):
-            self._scores = state["scores"].to(self._device)
+            self._scores = state["scores"].to(self._scores.device)
             self._close(state["open"].bool())
         elif write_scores:
             self.set_scores(state["scores"])
@@ -606,7 +466,7 @@ class GateController:
         Raises:
             ValueError: naming what differs.
         """
-        check_resumable(directory, self.summary())
+        check_same_run(directory, self.summary())
 
     def restore(self, directory, by_engine: bool = False) -> None:
         """Take over the gates of a checkpoint that `check_resumable` accepted and whose weights are loaded.
@@ -618,16 +478,6 @@ class GateController:
         if not by_engine:
             load_raw(self.model, raw)
         self.load_state_dict(state, write_scores=not by_engine)
-
-    @property
-    def lambda_(self) -> float:
-        """Penalty weight now, mean over the gates."""
-        return self._lambda[self._tower_of].mean().item()
-
-    @property
-    def temperature(self) -> float | None:
-        """Temperature of sigmoid gates now; None for the other kinds."""
-        return maths.temperature(self.progress, self.config) if self.config.kind == "sigmoid" else None
 
     def tower_counts(self) -> dict[str, dict[str, int]]:
         """Gates and open gates of each tower."""

@@ -1,4 +1,4 @@
-"""The mathematics of the gates: gate functions, penalties and the schedule. Pure torch, no PEFT, no Trainer."""
+"""The mathematics of the gates: gate functions, penalty terms and the schedule. Pure torch, no PEFT, no Trainer."""
 
 import math
 
@@ -13,13 +13,6 @@ HC_BETA, HC_GAMMA, HC_ZETA = 2 / 3, -0.1, 1.1
 # The sigmoid gate's temperature falls geometrically between these over the search. At the first one a gate at the
 # default init (0.05 above tau) is 0.73 open; at the last one, 0.001 from tau already decides.
 TEMPERATURE_START, TEMPERATURE_END = 0.05, 0.0005
-
-# The penalty rises linearly over this first part of the search.
-RAMP = 0.25
-
-# Steering (see `steered_lambda`): the weight used on target, and how strongly a deviation of the open fraction from
-# the target moves it.
-STEER_LAMBDA, STEER_GAIN = 0.3, 3.0
 
 
 class _Binarize(torch.autograd.Function):
@@ -116,25 +109,6 @@ def search_progress(progress: float, config: GateConfig) -> float:
 def temperature(progress: float, config: GateConfig) -> float:
     """Temperature of the sigmoid gate."""
     return TEMPERATURE_START * (TEMPERATURE_END / TEMPERATURE_START) ** search_progress(progress, config)
-
-
-def ramp(progress: float, config: GateConfig) -> float:
-    """Factor on the penalty weight: 0 during warm-up, rising to 1 over the first quarter of the search."""
-    if progress < config.warmup_ratio:
-        return 0.0
-    return min(search_progress(progress, config) / RAMP, 1.0)
-
-
-def steered_lambda(open_fraction: Tensor, target: Tensor, progress: float, config: GateConfig) -> Tensor:
-    """Penalty weight that leads the open fraction from 1 down to `target` over the search.
-
-    The wanted fraction follows the cubic sparsity schedule of Zhu and Gupta (arXiv 1710.01878); the weight grows
-    exponentially with the excess of the open fraction over it. A pure function of progress and scores, so that it
-    needs no state: every rank and every resumed run computes the same. Shapes: one entry per tower.
-    """
-    wanted = target + (1 - target) * (1 - search_progress(progress, config)) ** 3
-    weight = STEER_LAMBDA * torch.exp(STEER_GAIN * (open_fraction - wanted))
-    return torch.where(target < 1, weight, 0.0)  # where all may stay open, nothing is to be pressed for
 
 
 def open_count(fraction: float, blocks: int, what: str = "target_active") -> int:

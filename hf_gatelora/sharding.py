@@ -87,26 +87,6 @@ def updates(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) ->
     return False
 
 
-# State that is zero before an optimizer's first step.
-ZERO_STATE = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg"}
-
-
-@torch.no_grad()
-def restart(optimizer: torch.optim.Optimizer) -> None:
-    """Bring an optimizer back to before its first step: Adam's and SGD's state in place, which ZeRO holds on to."""
-    for state in optimizer.state.values():
-        if not set(state) <= ZERO_STATE:
-            state.clear()  # made anew at the next step
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                value.zero_()
-            elif name == "step":
-                state[name] = 0
-    for group in optimizer.param_groups:
-        if "step" in group:
-            group["step"] = 0
-
-
 def stack_shards(parameters: list[nn.Parameter]) -> Tensor:
     """FSDP2's parameters of one element each as one whole tensor, with gradient to the shards. Collective.
 

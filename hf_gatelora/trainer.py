@@ -8,10 +8,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments
 
+from .attach import attach_gates
 from .callbacks import GateAnnealingCallback, separate_scores
 from .checkpoint import adapter_folder, last_complete_checkpoint
 from .config import GateConfig
-from .controller import CONTROLLER, attach_gates
+from .controller import CONTROLLER
 from .hub.trainer import HubTrainer
 from .layer import check_targets, refuse_injected
 from .targets import without_heads

@@ -1,0 +1,55 @@
+"""`attach_gates` puts gates on the LoRA layers of a `PeftModel`, which it checks first."""
+
+import logging
+
+from peft import PeftModel
+
+from . import layer as seam
+from .config import GateConfig
+from .controller import CONTROLLER, GateController
+from .targets import outside_of_layers
+
+logger = logging.getLogger(__name__)
+
+
+def attach_gates(
+    peft_model: PeftModel, config: GateConfig | None = None, adapter_name: str = "default"
+) -> GateController:
+    """Put a gate on every LoRA block of one adapter, in place.
+
+    Args:
+        peft_model: an ordinary `PeftModel` with LoRA layers, as `get_peft_model` returns it.
+        config: the gates' settings; None takes the defaults.
+        adapter_name: which of the model's adapters.
+
+    Returns:
+        The controller of the gates. `peft_model.save_pretrained` writes stock adapters from now on.
+
+    Raises:
+        TypeError: where the model is no `PeftModel`, the adapter is not LoRA, or a layer cannot be gated.
+        ValueError: where the adapter does not exist or has no LoRA layer, a target pattern, budget, group or cost
+            matches nothing or several, or the model has gates already.
+    """
+    if not isinstance(peft_model, PeftModel):
+        seam.refuse_injected(peft_model)
+        raise TypeError(
+            f"attach_gates needs a PeftModel, found {type(peft_model).__name__}. Make one with "
+            "peft.get_peft_model(model, LoraConfig(...)), and attach the gates before accelerator.prepare."
+        )
+    if adapter_name not in peft_model.peft_config:
+        raise ValueError(f"No adapter {adapter_name!r}: the model has {sorted(peft_model.peft_config)}.")
+    if getattr(peft_model, CONTROLLER, None) is not None:
+        attached = getattr(peft_model, CONTROLLER).adapter_name
+        raise ValueError(
+            f"The model has gates already, on adapter {attached!r}: use that GateController. To gate another adapter, "
+            "first call its fold(), which freezes these gates and leaves stock LoRA."
+        )
+    layers = seam.lora_layers(peft_model, adapter_name)
+    seam.check_targets(peft_model, peft_model.peft_config[adapter_name])
+    outside = outside_of_layers(peft_model, list(layers))
+    if outside:
+        logger.warning(
+            f"These gates are on heads or projections, outside of the repeated layers: {', '.join(outside)}. "
+            'target_modules="all-linear" takes them in; target_modules=lora_targets(model) leaves them out.'
+        )
+    return GateController(peft_model, layers, config or GateConfig(), adapter_name)

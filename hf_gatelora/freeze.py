@@ -1,0 +1,61 @@
+"""What the freeze makes of a model: open blocks become stock LoRA, closed ones leave it for good."""
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+from . import layer as seam
+from . import sharding
+
+
+def check_freezable(model: PeftModel, layers: dict) -> None:
+    """Check that closed blocks can be taken out of a model now.
+
+    Raises:
+        RuntimeError: where an adapter is merged, or DDP does not allow unused parameters.
+    """
+    if any(seam.is_merged(layer) for layer in layers.values()):
+        raise RuntimeError("Cannot freeze: the adapter is merged into the base weights. Unmerge it first.")
+    if sharding.strict_ddp_wrapper(model) is not None:
+        raise RuntimeError(
+            "Cannot freeze: DistributedDataParallel would fail at the next step, because closed blocks get no "
+            "gradient. Pass Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters="
+            "True)]), or leave ddp_find_unused_parameters=False out of the training arguments."
+        )
+
+
+def close_blocks(model: PeftModel, adapter: str, layers: dict, kept: list[str]) -> list[nn.Parameter]:
+    """Make the layers in `kept` stock LoRA, and take the adapter out of all others; returns the removed parameters.
+
+    Args:
+        layers: the gated LoRA layers by module name.
+    """
+    removed: list[nn.Parameter] = []
+    first = next(iter(layers))
+    for name, layer in layers.items():
+        if name in kept:
+            seam.uninstall(layer, adapter)
+        elif kept or name != first:
+            removed += seam.remove_adapter(layer, adapter)
+        else:
+            # PEFT cannot express an adapter without layers: with nothing open, one block stays, with B = 0 and a gate
+            # that keeps it so.
+            seam.reset(layer, adapter)
+            seam.install(layer, adapter, None)
+    seam.narrow_targets(model, adapter, kept or [first])
+    seam.unwrap_empty_layers(model)
+    return removed
+
+
+def explain_degenerate(is_open: Tensor) -> str | None:
+    """What is wrong with a result in which every gate ended the same way; None where it is not so."""
+    if 0 < int(is_open.sum()) < len(is_open):
+        return None
+    if is_open.all():
+        return (
+            f"All {len(is_open)} gates ended open: this is plain LoRA. Set target_active, or raise lambda_ or "
+            "the number of search steps."
+        )
+    return (
+        f"All {len(is_open)} gates ended closed: the adapter does nothing (it is written as one block with "
+        "B = 0, because PEFT cannot load an adapter without layers). Set target_active > 0, or lower lambda_."
+    )
