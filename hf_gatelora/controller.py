@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from . import gates as maths
 from . import layer as seam
@@ -54,6 +55,12 @@ class GateController:
                 seam.install(layers[name], adapter_name, gate)
         # The gates hang on the PeftModel, outside PEFT's own layers: PEFT takes everything on those for the adapter.
         model.add_module(GATES, nn.ModuleDict({adapter_name: gates}))
+        # Every rank computes these buffers alike. DDP, which broadcasts buffers, fails where the freeze takes the last
+        # ones out of a model.
+        own = {f"{GATES}.{name}" for name, _ in getattr(model, GATES).named_buffers()}
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, own.union(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+        )
         setattr(model, CONTROLLER, self)
 
         self.progress, self.steps, self.total_steps = 0.0, 0, None

@@ -235,3 +235,20 @@ def test_freezing_a_merged_model_is_refused(family):
         gates.freeze()
     model.unmerge_adapter()
     gates.freeze()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ddp_goes_on_after_the_freeze(family, kind, tmp_path):
+    """DDP broadcasts buffers, and DINOv2 has none but those of its gates, which go at the freeze."""
+    model, gates = gated(family, kind=kind)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        for progress in (0.3, 0.8, 0.9):
+            actual = parallel(**family["inputs"]())[family["output"]]
+            actual.square().sum().backward()
+            gates.step(progress)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert gates.frozen
+    torch.testing.assert_close(actual, outputs_of(family, model))
