@@ -172,7 +172,10 @@ def separate_scores(gates: GateController, optimizer, lr_scheduler) -> None:
         # Trainer makes a group for biases even where none train. FSDP2 restores only one empty group: the scores', once
         # they are frozen.
         inner.param_groups[:] = [group for group in inner.param_groups if group["params"]]
-    inner.add_param_group(gates.score_group())
+    group = gates.score_group()
+    if isinstance(inner.defaults.get("eps"), tuple):  # Adafactor's: added to squared gradients; scale of a parameter
+        group["eps"] = (group["eps"] ** 2, inner.defaults["eps"][1])
+    inner.add_param_group(group)
     if lr_scheduler is None:
         return
     if not isinstance(lr_scheduler, LambdaLR):

@@ -97,6 +97,16 @@ def test_scores_have_their_own_rate_no_decay_and_stay_fp32(family, tmp_path):
     assert (trainer.gates.scores - 0.15).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("optim", ["adafactor", "sgd", "adagrad", "rmsprop"])
+def test_other_optimizers_train_the_scores(optim, tmp_path):
+    trainer = make_trainer(FAMILIES["dinov2"], tmp_path, optim=optim, gate_learning_rate=0.02)
+    trainer.train()
+    assert trainer.gates.open_mask.sum() == 2
+    moved = (trainer.gates.scores - 0.15).abs()
+    assert (moved > 1e-4).all()
+    assert (moved < 0.5).all()
+
+
 def test_gradient_checkpointing_gives_the_same_run(family, tmp_path):
     runs = []
     for checkpointing in (False, True):
