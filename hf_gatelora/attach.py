@@ -26,7 +26,8 @@ def attach_gates(
         The controller of the gates. `peft_model.save_pretrained` writes stock adapters from now on.
 
     Raises:
-        TypeError: where the model is no `PeftModel`, the adapter is not LoRA, or a layer cannot be gated.
+        TypeError: where the model is no `PeftModel`, `config` no `GateConfig`, the adapter is not LoRA, or a layer
+            cannot be gated.
         ValueError: where the adapter does not exist or has no LoRA layer, a target pattern, budget, group or cost
             matches nothing or several, or the model has gates already.
     """
@@ -36,6 +37,8 @@ def attach_gates(
             f"attach_gates needs a PeftModel, found {type(peft_model).__name__}. Make one with "
             "peft.get_peft_model(model, LoraConfig(...)), and attach the gates before accelerator.prepare."
         )
+    if not isinstance(config, GateConfig | None):
+        raise TypeError(f"config must be a GateConfig, found {type(config).__name__}. Give GateConfig(...).")
     if adapter_name not in peft_model.peft_config:
         raise ValueError(f"No adapter {adapter_name!r}: the model has {sorted(peft_model.peft_config)}.")
     if getattr(peft_model, CONTROLLER, None) is not None:

@@ -55,6 +55,12 @@ ATTACH = {
 }
 
 
+def test_a_config_that_is_none():
+    for other in ({"target_active": 0.5}, 0.5):
+        with pytest.raises(TypeError, match=f"must be a GateConfig, found {type(other).__name__}"):
+            attach_gates(clip_model(), other)
+
+
 @pytest.mark.parametrize("case", ATTACH)
 def test_attach(case):
     fields, message = ATTACH[case]
