@@ -247,6 +247,11 @@ class GatedLoraTrainer(HubTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _check_resumable(self, checkpoint) -> Path:
+        if self.gates.frozen:
+            raise ValueError(
+                f"The gates of this trainer are frozen already and cannot go back to {checkpoint}. Resume with a new "
+                "trainer, on a new model."
+            )
         deepspeed = any(Path(checkpoint).glob("global_step*"))
         written = "DeepSpeed" if deepspeed else "FSDP" if any(Path(checkpoint).glob("*_fsdp*")) else "plain or DDP"
         here = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else "plain or DDP"

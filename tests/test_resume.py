@@ -193,6 +193,16 @@ def test_resumed_with_an_optimizer_of_ones_own(family, step, tmp_path):
     assert_identical(end_state(resumed), end_state(whole))
 
 
+@pytest.mark.parametrize("step", [4, 12])
+def test_a_trainer_that_has_frozen_does_not_resume(family, step, tmp_path):
+    trainer = make_trainer(family, tmp_path, **RUN | {"save_steps": 4})
+    trainer.train()
+    before = end_state(trainer)
+    with pytest.raises(ValueError, match="are frozen already"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert_identical(end_state(trainer), before)
+
+
 def test_a_folder_that_is_no_checkpoint_is_refused(family, tmp_path):
     with pytest.raises(ValueError, match=r"not a checkpoint of gated LoRA"):
         make_trainer(family, tmp_path).train(resume_from_checkpoint=str(tmp_path))
