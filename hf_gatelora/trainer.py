@@ -108,7 +108,8 @@ class GatedLoraTrainer(HubTrainer):
         if model is not None:
             model = self._gate(model, args)
         if args is not None and args.activation_checkpointing:
-            # Reentrant checkpointing gives no gradient to blocks whose input needs none, as in a frozen vision tower.
+            # Reentrant checkpointing gives no gradient to blocks whose input needs none, as in a frozen vision tower;
+            # where it is asked for, `_gate` makes the inputs need one.
             args.activation_checkpointing_kwargs = {
                 "use_reentrant": False,
                 **(args.activation_checkpointing_kwargs or {}),
@@ -133,6 +134,9 @@ class GatedLoraTrainer(HubTrainer):
                 f"The model's gates were attached with {self.gates.config}, the training arguments say {config}. Give "
                 "the same settings in both, or plain TrainingArguments."
             )
+        checkpointing = args is not None and args.activation_checkpointing and args.activation_checkpointing_kwargs
+        if checkpointing and checkpointing.get("use_reentrant"):
+            model.enable_input_require_grads()
         return model
 
     def call_model_init(self, trial=None):

@@ -107,10 +107,11 @@ def test_other_optimizers_train_the_scores(optim, tmp_path):
     assert (moved < 0.5).all()
 
 
-def test_gradient_checkpointing_gives_the_same_run(family, tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"activation_checkpointing_kwargs": {"use_reentrant": True}}], ids=str)
+def test_gradient_checkpointing_gives_the_same_run(family, settings, tmp_path):
     runs = []
-    for checkpointing in (False, True):
-        trainer = make_trainer(family, tmp_path, activation_checkpointing=checkpointing)
+    for checkpointing in ({}, {"activation_checkpointing": True, **settings}):
+        trainer = make_trainer(family, tmp_path, **checkpointing)
         trainer.train()
         runs.append(trainer)
     torch.testing.assert_close(runs[0].gates.scores, runs[1].gates.scores, atol=1e-5, rtol=0)
