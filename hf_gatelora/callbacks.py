@@ -97,7 +97,8 @@ class GateAnnealingCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         was_frozen = self.gates.frozen
-        self.gates.step(min(state.global_step / state.max_steps, 1.0))
+        # With max_steps=0 Trainer takes one step nevertheless.
+        self.gates.step(min(state.global_step / max(state.max_steps, 1), 1.0))
         if self.gates.frozen and not was_frozen:
             # What an evaluation before the freeze measured is not what the run ends with.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None

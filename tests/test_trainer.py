@@ -97,6 +97,15 @@ def test_scores_have_their_own_rate_no_decay_and_stay_fp32(family, tmp_path):
     assert (trainer.gates.scores - 0.15).abs().max() > 0.01
 
 
+@pytest.mark.parametrize(
+    "length", [{"max_steps": 0}, {"max_steps": 1}, {"max_steps": -1, "num_train_epochs": 0}], ids=str
+)
+def test_a_run_of_at_most_one_step_freezes(length, tmp_path):
+    trainer = make_trainer(FAMILIES["dinov2"], tmp_path, **length)
+    trainer.train()
+    assert trainer.gates.open_mask.sum() == 2
+
+
 @pytest.mark.parametrize("optim", ["adafactor", "sgd", "adagrad", "rmsprop"])
 def test_other_optimizers_train_the_scores(optim, tmp_path):
     trainer = make_trainer(FAMILIES["dinov2"], tmp_path, optim=optim, gate_learning_rate=0.02)
