@@ -25,6 +25,9 @@ class GateAnnealingCallback(TrainerCallback):
         gates: the controller, from `attach_gates`.
         add_penalty: whether the penalty is added here, to `output.loss` of the model's training forward; False where
             the training code adds `gates.penalty()` itself.
+
+    Raises:
+        TypeError: where `gates` is no `GateController`.
     """
 
     def __init__(self, gates: GateController, add_penalty: bool = True):
@@ -36,6 +39,8 @@ class GateAnnealingCallback(TrainerCallback):
 
     def watch(self, gates: GateController) -> None:
         """Drive these gates from now on."""
+        if not isinstance(gates, GateController):
+            raise TypeError(f"GateAnnealingCallback needs what attach_gates returns, found {type(gates).__name__}.")
         self.gates = gates
         self._penalties = gates.penalties
 

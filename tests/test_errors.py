@@ -8,7 +8,7 @@ from conftest import make_trainer
 from models import FAMILIES, Images, lora_config
 from peft import IA3Config, LoraConfig, get_peft_model
 
-from hf_gatelora import GateConfig, GatedLoraTrainer, GatedLoraTrainingArguments, attach_gates
+from hf_gatelora import GateAnnealingCallback, GateConfig, GatedLoraTrainer, GatedLoraTrainingArguments, attach_gates
 
 CONFIGS = {
     "kind": ({"kind": "hard"}, "kind='hard' is not known: use one of 'straight_through'"),
@@ -53,6 +53,12 @@ ATTACH = {
     "ungrouped": ({"granularity": ["vision"], "target_active": 1.0}, "LoRA module 'text_model.* by none"),
     "cost_names": ({"cost": {"fc1": 2.0}}, "cost must name every gate once: 18 are missing"),
 }
+
+
+def test_a_callback_needs_the_controller():
+    for other in (None, GateConfig(), clip_model()):
+        with pytest.raises(TypeError, match=f"needs what attach_gates returns, found {type(other).__name__}"):
+            GateAnnealingCallback(other)
 
 
 def test_a_config_that_is_none():
