@@ -4,13 +4,16 @@ import shutil
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import make_trainer
 from models import FAMILIES, Images, lora_config, outputs_of
 from peft import get_peft_model
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_gatelora import GateConfig, attach_gates
+from hf_gatelora.checkpoints import checkpoint_gates
 from hf_gatelora.config import KINDS
 
 FREEZE = 8  # of 16 steps
@@ -253,3 +256,58 @@ def test_stopping_before_the_freeze_freezes_at_the_end(family, tmp_path, caplog)
     assert trainer.gates.frozen
     assert "before the gates froze" in caplog.text
     assert trainer.gates.open_mask.sum() == round(0.2 * len(trainer.gates.names))
+
+
+class Loop:
+    """A training loop of one's own with 16 steps, whose state accelerate saves and loads."""
+
+    SAVED = (2, FREEZE - 1, FREEZE, FREEZE + 4)
+
+    def __init__(self, with_gates=True):
+        torch.manual_seed(0)
+        base = FAMILIES["dinov2"]["model"]()
+        self.model = get_peft_model(base, lora_config(base, modules_to_save=["classifier"]))
+        self.gates = attach_gates(self.model, GateConfig(target_active=0.25, kind="hard_concrete"))
+        optimizer = torch.optim.AdamW(self.gates.param_groups(lr=1e-2, weight_decay=0.1))
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 16)
+        self.accelerator = Accelerator(cpu=True)
+        self.prepared, self.optimizer, self.schedule = self.accelerator.prepare(self.model, optimizer, schedule)
+        if with_gates:
+            checkpoint_gates(self.accelerator, self.gates)
+
+    def run(self, start=0, folder=None):
+        loader = DataLoader(Images(64), 4)
+        for done, batch in enumerate(loader, 1):
+            if done > start:
+                loss = self.prepared(**batch).loss + self.gates.penalty()
+                self.accelerator.backward(loss)
+                self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad()
+                self.gates.step(done / len(loader))
+                if folder is not None and done in self.SAVED:
+                    self.accelerator.save_state(folder / str(done))
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict()["state"],
+            "gates": self.gates.summary(),
+        }
+
+
+def test_a_loop_of_ones_own_resumes(tmp_path):
+    whole = Loop()
+    expected = whole.run(folder=tmp_path)
+    assert 0 < expected["gates"]["open"] < expected["gates"]["gates"]
+    for step in Loop.SAVED:
+        resumed = Loop()
+        resumed.accelerator.load_state(tmp_path / str(step))
+        assert resumed.gates.steps == step
+        assert_identical(resumed.run(start=step), expected, f"from step {step}")
+
+    whole.accelerator.load_state(tmp_path / str(FREEZE + 4))  # into gates that are frozen: an earlier one
+    assert whole.gates.steps == FREEZE + 4
+    with pytest.raises(ValueError, match="other open blocks"):
+        whole.accelerator.load_state(tmp_path / str(FREEZE - 1))
+    Loop(with_gates=False).accelerator.save_state(tmp_path / "without")
+    with pytest.raises(ValueError, match="not a checkpoint of gated LoRA"):
+        Loop().accelerator.load_state(tmp_path / "without")
