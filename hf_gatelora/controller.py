@@ -18,7 +18,7 @@ from .blocks import find_towers, gate_costs, group_modules, open_counts
 from .checkpoint import check_same_run, load_raw, read_state
 from .config import GateConfig
 from .export import write_adapter
-from .freeze import check_freezable, close_blocks, explain_degenerate
+from .freeze import check_freezable, close_blocks, explain_degenerate, refuse_strict_ddp
 from .hub.push import PushError, push_adapter
 from .optimizers import Optimizers
 from .penalty import STEER_LAMBDA, Penalty
@@ -191,12 +191,15 @@ class GateController:
 
         Raises:
             ValueError: where `progress` is out of [0, 1] or lies before the last one.
+            RuntimeError: at the first step already, where DDP does not allow unused parameters.
         """
         if not 0 <= progress <= 1 or progress < self.progress:
             raise ValueError(
                 f"progress={progress} must be in [0, 1] and not before the last one, {self.progress}: it is "
                 "finished steps / all steps, counted over all epochs."
             )
+        if not self.steps and self.config.freeze_ratio < 1:
+            refuse_strict_ddp(self.model)  # now, and not when half of the training is spent
         self.progress = progress
         self.steps += 1
         self.weights_step = None

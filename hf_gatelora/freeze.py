@@ -15,6 +15,15 @@ def check_freezable(model: PeftModel, layers: dict) -> None:
     """
     if any(seam.is_merged(layer) for layer in layers.values()):
         raise RuntimeError("Cannot freeze: the adapter is merged into the base weights. Unmerge it first.")
+    refuse_strict_ddp(model)
+
+
+def refuse_strict_ddp(model: PeftModel) -> None:
+    """Refuse a model within a DDP that wants a gradient of every parameter.
+
+    Raises:
+        RuntimeError: saying how to allow parameters without one.
+    """
     if sharding.strict_ddp_wrapper(model) is not None:
         raise RuntimeError(
             "Cannot freeze: DistributedDataParallel would fail at the next step, because closed blocks get no "

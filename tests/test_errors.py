@@ -204,8 +204,9 @@ def test_ddp_that_wants_every_gradient_is_refused(family, tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         wrapper = torch.nn.parallel.DistributedDataParallel(model)
-        with pytest.raises(RuntimeError, match="find_unused_parameters=True"):
-            gates.freeze()
+        for early in (lambda: gates.step(0.01), gates.freeze):  # at the first step, long before the freeze
+            with pytest.raises(RuntimeError, match="find_unused_parameters=True"):
+                early()
         wrapper.find_unused_parameters = True
         gates.freeze()
         assert gates.active_fraction == 0.5
