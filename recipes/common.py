@@ -1,6 +1,6 @@
 """What the recipes share: arguments from YAML and command line, and the fields that every recipe has."""
 
-from argparse import _ExtendAction
+from argparse import Action, _ExtendAction
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,9 +62,6 @@ class RecipeArguments:
     )
 
     def __post_init__(self):
-        for name in ("methods", "lora_targets"):
-            if isinstance(getattr(self, name, None), str):
-                setattr(self, name, [getattr(self, name)])
         for name in ("model", "train", "test"):
             if getattr(self, name) is None:
                 raise ValueError(f"--{name} is missing: give it on the command line or in the YAML file.")
@@ -79,6 +76,12 @@ def located(source: str) -> str:
     if not source.startswith(f"{TOY}:"):
         return source
     return str(toy_world.ensure_world() / "data" / f"{source.removeprefix(f'{TOY}:')}.parquet")
+
+
+def missing_column(data, purpose: str, option: str, column: str) -> ValueError:
+    """The error of images without the column that `--option` names."""
+    found = ", ".join(data.data.column_names)
+    return ValueError(f"{data.source}: {purpose} needs a column {column!r}, found {found}. Say which with --{option}.")
 
 
 def parse_method(method: str) -> tuple[str, float | None]:
@@ -105,16 +108,22 @@ def parse_arguments(classes: list[type], argv: list[str]) -> tuple:
     """Parse `[config.yaml] [--field value ...]` into the dataclasses; the command line overrides the file.
 
     Raises:
-        ValueError: where the file has a field that no dataclass has.
+        ValueError: where the file has a field that no dataclass has, or a list something else than numbers.
+        SystemExit: where a value is not of its field's type, as argparse says it.
     """
     parser = HfArgumentParser(classes)
     defaults = {}
     if argv and argv[0].endswith((".yaml", ".yml")):
         defaults = yaml.safe_load(Path(argv[0]).read_text()) or {}
-        known = {action.dest for action in parser._actions}
-        unknown = sorted(set(defaults) - known)
+        actions = {action.dest: action for action in parser._actions}
+        unknown = sorted(set(defaults) - set(actions))
         if unknown:
             raise ValueError(f"{argv[0]}: unknown field {', '.join(map(repr, unknown))}. See --help for the fields.")
+        for name, value in defaults.items():
+            try:
+                defaults[name] = _as_on_the_command_line(value, actions[name])
+            except ValueError as error:
+                raise ValueError(f"{argv[0]}: {name}: {error}.") from error
         argv = argv[1:]
     # A list on the command line replaces that of the file, and may be given in several pieces.
     pieces = {action.dest for action in parser._actions if isinstance(action, _ExtendAction)}
@@ -126,6 +135,18 @@ def parse_arguments(classes: list[type], argv: list[str]) -> tuple:
             if hasattr(group, name) and getattr(group, name) is None:
                 setattr(group, name, value)
     return parsed
+
+
+def _as_on_the_command_line(value, action: Action):
+    """A value of the file for the parser: one value where a list is meant is a list, numbers are checked as strings."""
+    if value is None:
+        return None
+    if action.nargs in ("+", "*"):
+        if isinstance(value, dict):  # {name: source}
+            return [f"{name}={source}" for name, source in value.items()]
+        value = value if isinstance(value, list) else [value]
+        return [action.type(item) for item in value]
+    return str(value) if action.type in (int, float) else value
 
 
 # What a run may differ in from one whose results it takes over.

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import toy_world
 from accelerate import PartialState
-from common import TOY, RecipeArguments, parse_arguments
+from common import TOY, RecipeArguments, missing_column, parse_arguments
 from huggingface_hub import constants
 from methods import ADAPTER_FILE, Task, main
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -140,7 +140,7 @@ class Clip(Task):
 
     def linear_probe(self, data, suite):
         if data.labels is None:
-            raise ValueError(f"{data.source}: a linear probe needs a column {self.arguments.label_column!r}.")
+            raise missing_column(data, "a linear probe", "label_column", self.arguments.label_column)
         model = self.base().to(PartialState().device)
         features = image_features(model, data, suite.batch_size, "linear probe")
         return model, replace(suite, probe=fit_linear_probe(features, data.labels, len(data.class_names)))
@@ -148,8 +148,7 @@ class Clip(Task):
     def trainer_parts(self, data: LabelledImages) -> dict:
         if self.arguments.mode == "contrastive":
             if data.captions is None:
-                column = self.arguments.caption_column
-                raise ValueError(f"{data.source}: contrastive training needs a column {column!r}.")
+                raise missing_column(data, "contrastive training", "caption_column", self.arguments.caption_column)
 
             def collate_pairs(rows):
                 texts = self.tokens([row["captions"] for row in rows])
@@ -159,7 +158,7 @@ class Clip(Task):
             return {"data_collator": collate_pairs, "compute_loss_func": contrastive_loss}
 
         if data.labels is None:
-            raise ValueError(f"{data.source}: classification needs a column {self.arguments.label_column!r}.")
+            raise missing_column(data, "classification", "label_column", self.arguments.label_column)
         classes = self.tokens([self.arguments.prompt.format(name.replace("_", " ")) for name in data.class_names])
 
         def collate(rows):

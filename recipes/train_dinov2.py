@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import PartialState
-from common import TOY, RecipeArguments, parse_arguments
+from common import TOY, RecipeArguments, missing_column, parse_arguments
 from methods import Task, main
 from peft import LoraConfig
 from toy_backbone import ensure_backbone
@@ -77,7 +77,7 @@ class Classifier(Task):
 
     def prepare(self, data: LabelledImages) -> None:
         if data.labels is None:
-            raise ValueError(f"{data.source}: classification needs a column {self.arguments.label_column!r}.")
+            raise missing_column(data, "classification", "label_column", self.arguments.label_column)
         self.class_names = data.class_names
         model = self.base()
         if self.arguments.probe_first:

@@ -90,7 +90,7 @@ def test_string_labels_use_the_classes_of_the_training_set(tmp_path):
     assert (own.class_names, own.labels.tolist()) == (["blue", "green"], [1, 0])
     given = sources.LabelledImages(str(tmp_path / "x.parquet"), lambda image: image, class_names=NAMES)
     assert (given.class_names, given.labels.tolist()) == (NAMES, [1, 2])
-    with pytest.raises(ValueError, match="row 1: label 'blue' lies outside the 2 classes"):
+    with pytest.raises(ValueError, match=r"row 1: label 'blue' lies outside the 2 classes \(red, green\)"):
         sources.LabelledImages(str(tmp_path / "x.parquet"), lambda image: image, class_names=NAMES[:2])
 
 
@@ -100,6 +100,7 @@ def test_string_labels_use_the_classes_of_the_training_set(tmp_path):
         ("data.parquet:test", "without splits"),
         ("splits:validation", r"no split 'validation', there are \['test', 'train'\]"),
         ("missing/data.parquet", "no such file or folder"),
+        ("folder:validation", r"folder:validation: .*validation.* one of \['train'\]"),
         ("model/config.json", "give a .parquet or .arrow file"),
     ],
 )
@@ -171,6 +172,10 @@ def test_resume_from_the_command_line(run):
         (["--towers", "audio"], "--towers"),
         (["--prompt", "a photo"], "has no {} for the class name"),
         (["--ood", "sketch"], "give name=source"),
+        (
+            ["--label_column", "kind"],
+            "needs a column 'kind', found image, label, caption. Say which",
+        ),
         (["--lora_targets", "query", "fc1"], "'query' matches no module of CLIPModel"),
         (["--methods", "lora", "gated", "--resume_from_checkpoint", "x"], "belongs to one method"),
     ],
@@ -194,6 +199,26 @@ def test_yaml_and_command_line(tmp_path):
         parse("clip", [str(config)])
     with pytest.raises(ValueError, match="--model is missing"):
         parse("clip", [])
+
+
+def test_yaml_values_are_those_of_the_command_line(tmp_path, capsys):
+    config = tmp_path / "c.yaml"
+
+    def parsed(**fields):
+        config.write_text(yaml.safe_dump({"model": "m", "train": "a", "test": "b", **fields}))
+        return parse("clip", [str(config)])[0]
+
+    found = parsed(wise=0.5, towers="vision", ood={"x": "y:z"}, retention="p=q", lora_r="8")
+    assert (found.wise, found.towers, found.ood, found.retention) == ([0.5], ["vision"], ["x=y:z"], ["p=q"])
+    assert found.lora_r == 8
+    with pytest.raises(ValueError, match=r"c\.yaml: wise: could not convert string to float: 'half'"):
+        parsed(wise=["half"])
+    for fields in ({"lora_r": 4.5}, {"num_train_epochs": [1]}, {"lora_r": True}):
+        with pytest.raises(SystemExit):
+            parsed(**fields)
+        ((name, value),) = fields.items()
+        assert f"--{name}" in (said := capsys.readouterr().err.splitlines()[-1])
+        assert f"value: '{value}'" in said
 
 
 def test_every_recipe_config_parses():

@@ -46,11 +46,11 @@ def load_images(source: str):
             )
         data = parts[split or "train"]
     elif file.is_dir():
-        data = load_dataset("imagefolder", data_dir=path, split=split or "train")
+        data = _load_split(source, "imagefolder", split, data_dir=path)
     elif path.count("/") > 1 or file.suffix:
         raise ValueError(f"{source}: no such file or folder.")
     else:
-        data = load_dataset(path, split=split or "train")
+        data = _load_split(source, path, split)
         # Of the Hub's data sets the cache folder is named by the commit.
         folder = Path(data.cache_files[0]["filename"]).parent.name if data.cache_files else ""
         origin = {"dataset": path, "revision": folder if re.fullmatch("[0-9a-f]{40}", folder) else None}
@@ -62,6 +62,15 @@ def load_images(source: str):
             'data.cast_column("image", datasets.Image()).'
         )
     return data.cast_column(columns[0], Image(decode=False)), columns[0], origin
+
+
+def _load_split(source: str, path: str, split: str, **settings):
+    try:
+        return load_dataset(path, split=split or "train", **settings)
+    except ValueError as error:
+        if "split" not in str(error):
+            raise
+        raise ValueError(f"{source}: {error} Give one as path:split.") from error
 
 
 class LabelledImages(torch.utils.data.Dataset):
@@ -116,9 +125,10 @@ class LabelledImages(torch.utils.data.Dataset):
         values = [index.get(value, value) for value in values]
         for row, value in enumerate(values):
             if not isinstance(value, int) or not 0 <= value < len(self.class_names):
+                shown = [*self.class_names[:5], *(["..."] if len(self.class_names) > 5 else [])]
                 raise ValueError(
                     f"{self.source}, row {row}: label {value!r} lies outside the {len(self.class_names)} classes "
-                    f"({', '.join(self.class_names[:5])}, ...)."
+                    f"({', '.join(shown)}). Class names are compared letter by letter."
                 )
         self.labels = torch.tensor(values)
 
