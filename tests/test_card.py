@@ -225,7 +225,7 @@ def test_warnings_of_the_card(tmp_path):
     gates.save_folded(tmp_path / "open")
     text = re.sub(r"\s+", " ", card_of(tmp_path / "open").text)
     assert "The gates are not frozen" in text
-    assert "Nothing was measured on this adapter" in text
+    assert "Nothing was measured on this adapter and its base" in text
     gates.set_scores([0.0] * 12)
     gates.freeze()
     model.save_pretrained(tmp_path / "closed")
