@@ -27,10 +27,11 @@ from methods import ADAPTER_FILE, Task, main
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch.distributed.nn.functional import all_gather
-from transformers import CLIPModel, CLIPProcessor
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 from transformers.integrations import unset_hf_deepspeed_config
 
 from hf_gatelora import GatedLoraTrainingArguments, export_open_clip, load_open_clip
+from hf_gatelora.bases import load_config
 from hf_gatelora.evaluation.images import LabelledImages
 from hf_gatelora.evaluation.linear_probe import fit_linear_probe
 from hf_gatelora.evaluation.suite import ClipSuite
@@ -101,6 +102,9 @@ class Clip(Task):
             self.name = str(toy_world.ensure_world() / "model")
         elif self.name.startswith(OPEN_CLIP):
             self.name = str(converted(self.name.removeprefix(OPEN_CLIP)))
+        kind = load_config(self.name).model_type
+        if kind != CLIPConfig.model_type:
+            raise ValueError(f"--model {arguments.model} is a {kind}, not a CLIP. Image classifiers: train_dinov2.py.")
         self.processor = self.load_processor()
 
     def load_processor(self):

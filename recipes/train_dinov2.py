@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.integrations import unset_hf_deepspeed_config
 
 from hf_gatelora import GatedLoraTrainingArguments
-from hf_gatelora.bases import load_reporting, refuse_random
+from hf_gatelora.bases import load_config, load_reporting, refuse_random
 from hf_gatelora.evaluation.backbone import backbone_features, split_classifier
 from hf_gatelora.evaluation.images import LabelledImages, parse_named_sources
 from hf_gatelora.evaluation.linear_probe import fit_linear_probe
@@ -65,6 +65,7 @@ class Classifier(Task):
     def __init__(self, arguments: ClassifierArguments):
         self.arguments = arguments
         self.name = str(ensure_backbone()) if arguments.model == TOY else arguments.model
+        load_config(self.name)  # says more clearly what is wrong with a model that cannot be found
         self.processor = AutoImageProcessor.from_pretrained(self.name)
         if arguments.image_size is not None:
             side = arguments.image_size

@@ -499,5 +499,5 @@ def test_callback_errors():
         RetentionCallback(watched())._measure(FAMILIES["dinov2"]["model"]())
     with pytest.raises(ValueError, match="role='old' is not known"):
         EvalSet("old", "x", Images(), labels=Images().labels)
-    with pytest.raises(ValueError, match="neither labels nor captions"):
-        EvalSet("id", "x", Images())
+    with pytest.raises(ValueError, match=r"id set 'x' \(mine:test\) has neither labels nor captions"):
+        EvalSet("id", "x", Images(), "mine:test")

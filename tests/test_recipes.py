@@ -185,6 +185,22 @@ def test_bad_arguments(run, line, message):
         run(*line)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "model", "message"),
+    [
+        ("clip", "dinov2", "is a dinov2, not a CLIP"),
+        ("clip", "none", "none is no model that transformers can load"),
+        ("dinov2", "none", "none is no model that transformers can load"),
+    ],
+)
+def test_bad_models(world, tmp_path, recipe, model, message):
+    data = str(world / "data.parquet")
+    line = ["--model", str(world / model), "--train", data, "--test", data, "--output_dir", str(tmp_path), "--use_cpu"]
+    task, _ = TASKS[recipe]
+    with pytest.raises(ValueError, match=message):
+        methods.main(task, *parse(recipe, line))
+
+
 def test_yaml_and_command_line(tmp_path):
     config = tmp_path / "c.yaml"
     fields = {"model": "m", "train": "a", "test": "b", "ood": ["x=y"], "learning_rate": 0.5, "methods": "gated"}

@@ -52,7 +52,10 @@ class EvalSet:
         if self.role not in ROLES:
             raise ValueError(f"role={self.role!r} is not known: use one of {ROLES}.")
         if self.labels is None and self.captions is None:
-            raise ValueError(f"{self.role} set {self.name!r} has neither labels nor captions: nothing can be measured.")
+            raise ValueError(
+                f"{self.role} set {self.name!r} ({self.split}) has neither labels nor captions: nothing can be "
+                "measured. Are its columns called as those of the training images?"
+            )
 
     def __len__(self) -> int:
         return len(self.images)
