@@ -109,6 +109,6 @@ def _head(name: str, found: list[tuple[Tensor, float]], base: torch.nn.Module | 
     if name not in own or own[name].shape != total.shape:
         raise ValueError(
             f"{name} of shape {tuple(total.shape)} comes with weights that sum to {1 - rest:g}: pass the base model "
-            "whose head it replaces, to add its changes to that."
+            "whose head it replaces (--model), to add its changes to that."
         )
     return total + rest * own[name].to(total)

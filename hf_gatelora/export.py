@@ -157,7 +157,7 @@ def scale_adapter(
             if name not in heads or heads[name].shape != value.shape:
                 raise ValueError(
                     f"{directory} also has {name} of shape {tuple(value.shape)}: pass the base model whose head it "
-                    "replaces, so that the two can be interpolated."
+                    "replaces (--model), so that the two can be interpolated."
                 )
             weights[key] = torch.lerp(heads[name].to(value), value, scale)
     summary = read_summary(directory)

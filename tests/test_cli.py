@@ -362,7 +362,7 @@ def test_doctor_of_the_machine(gatelora, monkeypatch, tmp_path):
         ("wise {adapters}/gated 0.5 {world}/model", "holds a model, on top of which the adapter would be loaded"),
         ("wise {adapters}/gated 1.5 {new}", "scale=1.5 is out of range"),
         ("wise {adapters}/gated half {new}", "invalid float value: 'half'"),
-        ("wise {adapters}/headed 0.5 {new}", "pass the base model whose head it replaces"),
+        ("wise {adapters}/headed 0.5 {new}", "pass the base model whose head it replaces (--model)"),
         ("combine {adapters}/gated=much {new}", "'much' is no number"),
         ("combine {adapters}/gated {adapters}/headed {new}", "are on different base models"),
         ("evaluate {adapters}/gated", "Nothing is to be measured"),
