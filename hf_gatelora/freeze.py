@@ -26,9 +26,9 @@ def refuse_strict_ddp(model: PeftModel) -> None:
     """
     if sharding.strict_ddp_wrapper(model) is not None:
         raise RuntimeError(
-            "Cannot freeze: DistributedDataParallel would fail at the next step, because closed blocks get no "
-            "gradient. Pass Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters="
-            "True)]), or leave ddp_find_unused_parameters=False out of the training arguments."
+            "Gates cannot freeze here: DistributedDataParallel would fail at the step after, because closed "
+            "blocks get no gradient. Pass Accelerator(kwargs_handlers=[DistributedDataParallelKwargs("
+            "find_unused_parameters=True)]), or leave ddp_find_unused_parameters=False out of the arguments."
         )
 
 
