@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_gatelora import GateConfig, attach_gates
-from hf_gatelora.checkpoints import checkpoint_gates
+from hf_gatelora.loop import checkpoint_gates
 from hf_gatelora.config import KINDS
 
 FREEZE = 8  # of 16 steps

@@ -1,4 +1,4 @@
-"""Checkpoints of a training loop of one's own: the gates in `accelerator.save_state` and `load_state`."""
+"""States of a training loop of one's own: the gates in `accelerator.save_state` and `load_state`."""
 
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
+from .checkpoint import read_state
 from .controller import GateController
-from .export import read_state
 
 FOLDER = "adapter"  # in the folder of a state
 
