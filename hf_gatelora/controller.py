@@ -426,7 +426,7 @@ class GateController:
 
         Adam's epsilon is a tenth of the penalty's gradient per gate. With the usual 1e-8 Adam would blow every
         gradient up to a full step, also one that is nothing beside the penalty, and such noise would decide which
-        blocks open. Other optimizers ignore the entry.
+        blocks open. Optimizers without an epsilon ignore the entry; transformers' Adafactor wants a pair in its place.
         """
         epsilon = 0.1 * (self.config.lambda_ or STEER_LAMBDA) / len(self.blocks)
         rate = self.config.learning_rate

@@ -18,7 +18,7 @@ def accuracy(logits: Tensor, labels: Tensor, k: int = 1) -> float:
     _check_shapes("logits", logits, labels)
     if not 1 <= k <= logits.shape[1]:
         raise ValueError(f"top-{k} accuracy does not exist for {logits.shape[1]} classes: give 1 <= k <= classes.")
-    return (logits.topk(k, dim=-1).indices == labels[:, None]).any(dim=-1).float().mean().item()
+    return (logits.topk(k, dim=-1).indices == labels[:, None]).any(dim=-1).double().mean().item()
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:

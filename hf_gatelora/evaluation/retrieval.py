@@ -58,7 +58,7 @@ def recall_at(
             found = rows * len(captions) + caption[:, None]
         matches = torch.isin(found, pairs)
         for k in ks:
-            recalls[f"{direction}_recall@{k}"] = matches[:, :k].any(dim=-1).float().mean().item()
+            recalls[f"{direction}_recall@{k}"] = matches[:, :k].any(dim=-1).double().mean().item()
     return recalls
 
 
