@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import sharding
 from .gates import Gate
+from .product import AddGated
 
 PREFIX = "base_model.model."
 
@@ -47,42 +48,6 @@ PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 # not there without it; not by isinstance, because layers of other quantised weights derive from Linear but merge past
 # the slot.
 GATEABLE = {"layer.Linear", "layer.Conv1d", "layer.Conv2d", "layer.Conv3d", "bnb.Linear8bitLt", "bnb.Linear4bit"}
-
-
-class _AddGated(torch.autograd.Function):
-    """`result + g * scaling * x @ a.T @ b.T`, written over `result`, in one node of the graph.
-
-    As separate operations the gate would cost a small layer more than LoRA itself. Gate and scaling go onto the rank-r
-    intermediate, which is far smaller than the output; neither the product with `b` nor the sum is a tensor of its own.
-
-    Args:
-        gate: the gate's value, shape (1,); with `tau` the score of a straight-through gate, which it opens at tau.
-    """
-
-    @staticmethod
-    def forward(ctx, result: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor, tau: float | None, scaling: float):
-        rows = x.reshape(-1, x.shape[-1])
-        hidden = rows @ a.t()
-        factor = ((gate if tau is None else gate >= tau) * scaling).to(hidden.dtype)
-        ctx.save_for_backward(rows, hidden, a, b, factor)
-        ctx.shape, ctx.scaling = x.shape, scaling
-        ctx.mark_dirty(result)
-        result.view(-1, result.shape[-1]).addmm_(hidden * factor, b.t())
-        return result
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        rows, hidden, a, b, factor = ctx.saved_tensors
-        _, x_needed, a_needed, b_needed, gate_needed, *_ = ctx.needs_input_grad
-        to_result = gradient.reshape(-1, gradient.shape[-1])
-        to_product = to_result @ b  # before gate and scaling
-        to_hidden = to_product * factor
-        to_x = (to_hidden @ a).view(ctx.shape) if x_needed else None
-        to_a = to_hidden.t() @ rows if a_needed else None
-        # With the rank in rows, as gradients of A and B: the faster way round on CPUs, by a quarter and more.
-        to_b = ((hidden * factor).t() @ to_result).t() if b_needed else None
-        to_gate = (to_product * hidden).sum(dtype=torch.float32).mul(ctx.scaling).view(1) if gate_needed else None
-        return gradient, to_x, to_a, to_b, to_gate, None, None
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -120,7 +85,7 @@ class GatedLora(LoraVariant):
                 gate, tau = gate.score, gate.config.tau
             else:
                 gate = gate(noisy=module.training)
-            return _AddGated.apply(result, x.to(dtype), down.weight.to(dtype), up.weight.to(dtype), gate, tau, scaling)
+            return AddGated.apply(result, x.to(dtype), down.weight.to(dtype), up.weight.to(dtype), gate, tau, scaling)
         hidden = down(x)
         return result + up(hidden * (self.gate(noisy=module.training) * scaling).to(hidden.dtype))
 

@@ -9,7 +9,7 @@ import torch
 from backbones import BACKBONES
 from conftest import make_trainer
 from models import FAMILIES, lora_config, outputs_of, randomize
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -330,6 +330,31 @@ def test_the_fast_path_has_the_gradients_of_stock_lora(way):
     for name, expected in found[1].items():
         limit = tolerance * max(1.0, expected.abs().max().item())
         assert (found[0][name] - expected).abs().max() <= limit, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_can_be_differentiated_again(kind):
+    """As optimizers that use curvature and penalties on gradients do; against the operations one by one."""
+    found = []
+    for plain in (False, True):
+        torch.manual_seed(0)
+        base = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+        model = get_peft_model(base, LoraConfig(r=2, lora_alpha=3, target_modules=["0", "2"]))
+        randomize(model)
+        gates = attach_gates(model, GateConfig(kind=kind, target_active=None, lambda_=0.5))
+        if plain:  # B is called, and so is everything else
+            for name, module in model.named_modules():
+                if name.endswith("lora_B.default"):
+                    module.register_forward_hook(lambda *_: None)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        loss = model.train()(torch.randn(5, 6)).square().sum()
+        slopes = torch.autograd.grad(loss, trained, create_graph=True)
+        squares = sum(slope.square().sum() for slope in slopes)
+        found.append(torch.autograd.grad(squares, trained))
+        assert len(trained) == 4 + len(gates.names)
+    for own, expected in zip(*found):
+        assert expected.abs().max() > 0
+        assert (own - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max().item())
 
 
 def test_what_others_look_at_is_not_overwritten(family):
