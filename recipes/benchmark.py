@@ -43,14 +43,15 @@ PARTS = {
 
 
 def take_turns(work: dict[str, object], arguments: BenchmarkArguments) -> dict[str, list[float]]:
-    """Seconds of each piece of work by turn, after one turn that does not count."""
+    """Seconds of each piece of work by turn, after turns that do not count: one, or three where they compile."""
     seconds: dict[str, list[float]] = {name: [] for name in work}
-    for turn in range(arguments.repeats + 1):
+    warm_up = 3 if arguments.compile else 1
+    for turn in range(warm_up + arguments.repeats):
         # Not always after the same neighbour.
         for name in random.Random(turn).sample(list(work), len(work)):
             started = now(arguments)
             work[name]()
-            if turn:
+            if turn >= warm_up:
                 seconds[name].append(now(arguments) - started)
     return seconds
 
@@ -148,7 +149,9 @@ def measure(arguments: BenchmarkArguments) -> list[dict]:
     """Rows of method, metric, value and n."""
     names, smallest = arguments.cases(), f"@{min(arguments.open_fractions):g} "
     # First, because a process inherits the peak of the one that starts it.
-    held = memory([name for name in names if "@" not in name or smallest in name], arguments)
+    held = []
+    if not arguments.compile or arguments.device != "cpu":  # where the peak would be the compiler's
+        held = memory([name for name in names if "@" not in name or smallest in name], arguments)
     base = new_base(arguments)
     cases = {name: Case(name, arguments, base) for name in names}
     work = {name: case.step for name, case in cases.items()}
