@@ -93,9 +93,11 @@ class Case:
 
     def __init__(self, name: str, arguments: BenchmarkArguments, base: nn.Module):
         self.arguments, self.gates = arguments, None
-        self.model = copy.deepcopy(base)
+        shared = {}
         if name not in ("full", "folded, merged"):
-            self.model.load_state_dict(base.state_dict(), assign=True)
+            # Never copied, not for a moment: the peak memory of a process is that of its whole life.
+            shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in base.parameters()}
+        self.model = copy.deepcopy(base, shared)
         if name not in ("full", "frozen forward", "base"):
             self._adapt(name)
         self.trains = name not in ("frozen forward", *INFERENCE)
