@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import LoraVariant, _ConvNd
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import sharding
 from .gates import Gate
@@ -61,6 +62,16 @@ def _is_plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and not _is_hooked(linear)
 
 
+def _is_watched() -> bool:
+    """Whether operations count one by one here, so that none may be fused or write over what another returned."""
+    # Compilers fuse by themselves; tracing and function transforms take no writing over.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return True
+    # Selective activation checkpointing keeps what operations returned, and gives it out again in the backward.
+    classes = (parent for mode in _get_current_dispatch_mode_stack() for parent in type(mode).__mro__)
+    return any(parent.__module__ == "torch.utils.checkpoint" for parent in classes)
+
+
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast brings the inputs of a product; None where it does not."""
     kind = x.device.type
@@ -90,10 +101,8 @@ class GatedLora(LoraVariant):
         return result + up(hidden * (self.gate(noisy=module.training) * scaling).to(hidden.dtype))
 
     def _may_overwrite(self, module: LoraLayer, down: nn.Module, up: nn.Module, x: Tensor, result: Tensor) -> bool:
-        # Compilers fuse by themselves; tracing and function transforms take no writing over. What a plain nn.Linear
-        # returned is nobody else's. Engines that partition parameters hook the modules.
-        transformed = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-        if torch.compiler.is_compiling() or transformed or not result.is_contiguous():
+        # What a plain nn.Linear returned is nobody else's. Engines that partition parameters hook the modules.
+        if _is_watched() or not result.is_contiguous():
             return False
         plain = _is_plain(down) and _is_plain(up) and _is_plain(module.base_layer)
         same = result.dtype == x.dtype or result.dtype == _autocast_dtype(x)

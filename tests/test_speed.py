@@ -1,6 +1,7 @@
 """What makes gates cheap, held without a clock: by counting operations, saved tensors, graphs and host syncs."""
 
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import matplotlib.image
@@ -13,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
 from world import ROOT
@@ -355,6 +357,35 @@ def test_gradients_can_be_differentiated_again(kind):
     for own, expected in zip(*found):
         assert expected.abs().max() > 0
         assert (own - expected).abs().max() <= 1e-4 * max(1.0, expected.abs().max().item())
+
+
+def small(**config):
+    """Two adapted linear layers."""
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.Tanh(), torch.nn.Linear(128, 32))
+    model = get_peft_model(base, LoraConfig(r=2, lora_alpha=3, target_modules=["0", "2"], **config))
+    randomize(model)
+    return model
+
+
+def selectively_checkpointed(model, x):
+    products = [aten.mm.default, aten.addmm.default]
+    context = partial(create_selective_checkpoint_contexts, products)
+    result = checkpoint(model, x.requires_grad_(), use_reentrant=False, context_fn=context)
+    result.square().sum().backward()
+    return [result, x.grad]
+
+
+@pytest.mark.parametrize("way", [selectively_checkpointed])
+def test_what_takes_stock_lora_takes_gates(way):
+    """Whoever keeps, follows or transforms operations finds each of them by itself, and nothing written over."""
+    model = small()
+    attach_gates(model, GateConfig(target_active=None, lambda_=0.5))
+    x = torch.randn(4, 3, 64)
+    found = [way(model, x.clone()) for model in (model, small())]
+    assert len(found[0]) == len(found[1]) > 0
+    for own, expected in zip(*found):
+        assert torch.allclose(own, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_others_look_at_is_not_overwritten(family):
