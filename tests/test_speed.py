@@ -13,6 +13,7 @@ from models import FAMILIES, lora_config, outputs_of, randomize
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
@@ -376,7 +377,31 @@ def selectively_checkpointed(model, x):
     return [result, x.grad]
 
 
-@pytest.mark.parametrize("way", [selectively_checkpointed])
+def under_global_hooks(model, x):
+    """What the base layers returned, and the gradients of it."""
+    seen, layers = [], [module for name, module in model.named_modules() if name.endswith("base_layer")]
+
+    def keep(module, inputs, output):
+        if module in layers:
+            seen.append(output)
+
+    def note(module, of_inputs, of_outputs):
+        if module in layers:
+            seen.append(of_outputs[0])
+
+    handles = [register_module_forward_hook(keep)]
+    try:
+        model(x)
+        handles.append(register_module_full_backward_hook(note))
+        model(x.requires_grad_()).square().sum().backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # of a gate's forward, which has no inputs
+@pytest.mark.parametrize("way", [selectively_checkpointed, under_global_hooks])
 def test_what_takes_stock_lora_takes_gates(way):
     """Whoever keeps, follows or transforms operations finds each of them by itself, and nothing written over."""
     model = small()
