@@ -15,16 +15,9 @@ HC_BETA, HC_GAMMA, HC_ZETA = 2 / 3, -0.1, 1.1
 TEMPERATURE_START, TEMPERATURE_END = 0.05, 0.0005
 
 
-class _Binarize(torch.autograd.Function):
+def binarize(scores: Tensor, tau: float) -> Tensor:
     """1 where score >= tau, else 0; the gradient passes straight through (TAPS, arXiv 2203.16708)."""
-
-    @staticmethod
-    def forward(ctx, score: Tensor, tau: float) -> Tensor:
-        return (score >= tau).to(score.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, None
+    return (scores >= tau) + (scores - scores.detach())
 
 
 def hard_concrete(log_alpha: Tensor, noise: Tensor | None) -> Tensor:
@@ -39,7 +32,7 @@ def hard_concrete(log_alpha: Tensor, noise: Tensor | None) -> Tensor:
 def gate_values(scores: Tensor, config: GateConfig, temperature: float | Tensor, noise: Tensor | None) -> Tensor:
     """Gate value of each score; same shape as `scores`. `noise` None means evaluation."""
     if config.kind == "straight_through":
-        return _Binarize.apply(scores, config.tau)
+        return binarize(scores, config.tau)
     if config.kind == "sigmoid":
         return torch.sigmoid((scores - config.tau) / temperature)
     return hard_concrete(scores, noise)

@@ -16,6 +16,7 @@ from peft.tuners.lora.layer import LoraVariant, _ConvNd
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -65,10 +66,10 @@ def _is_plain(linear: nn.Module) -> bool:
 
 def _is_watched() -> bool:
     """Whether operations count one by one here, so that none may be fused or write over what another returned."""
-    # Compilers fuse by themselves; tracing and function transforms take no writing over.
+    # Compilers fuse by themselves; tracing, function transforms and forward-mode AD take no writing over.
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return True
-    if _has_any_global_hook():
+    if forward_ad._current_level >= 0 or _has_any_global_hook():
         return True
     # Selective activation checkpointing keeps what operations returned, and gives it out again in the backward.
     classes = (parent for mode in _get_current_dispatch_mode_stack() for parent in type(mode).__mro__)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .gates import binarize
+
 
 class AddGated(torch.autograd.Function):
     """`result + g * scaling * x @ a.T @ b.T`, written over `result`, in one node of the graph.
@@ -29,7 +31,7 @@ class AddGated(torch.autograd.Function):
         x, a, b, gate, hidden, factor = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1])
         if torch.is_grad_enabled():  # to be differentiated again, which needs to know where these two came from
-            value = gate if ctx.tau is None else (gate >= ctx.tau) + (gate - gate.detach())
+            value = gate if ctx.tau is None else binarize(gate, ctx.tau)
             hidden, factor = rows @ a.t(), (value * ctx.scaling).to(hidden.dtype)
         _, x_needed, a_needed, b_needed, gate_needed, *_ = ctx.needs_input_grad
         to_result = gradient.reshape(-1, gradient.shape[-1])

@@ -13,6 +13,7 @@ from models import FAMILIES, lora_config, outputs_of, randomize
 from peft import LoraConfig, get_peft_model
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -400,8 +401,23 @@ def under_global_hooks(model, x):
     return seen
 
 
+def forward_mode(model, x):
+    with forward_ad.dual_level():
+        return list(forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x)))))
+
+
+def per_sample_gradients(model, x):
+    weights = {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
+
+    def loss(weights, row):
+        return torch.func.functional_call(model, weights, (row,)).square().sum()
+
+    return list(torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x).values())
+
+
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # of a gate's forward, which has no inputs
-@pytest.mark.parametrize("way", [selectively_checkpointed, under_global_hooks])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own forward mode
+@pytest.mark.parametrize("way", [selectively_checkpointed, under_global_hooks, forward_mode, per_sample_gradients])
 def test_what_takes_stock_lora_takes_gates(way):
     """Whoever keeps, follows or transforms operations finds each of them by itself, and nothing written over."""
     model = small()
