@@ -106,7 +106,7 @@ class GatedLora(LoraVariant):
 
     def _may_overwrite(self, module: LoraLayer, down: nn.Module, up: nn.Module, x: Tensor, result: Tensor) -> bool:
         # What a plain nn.Linear returned is nobody else's. Engines that partition parameters hook the modules.
-        if _is_watched() or not result.is_contiguous():
+        if _is_watched() or x.layout != torch.strided or not result.is_contiguous():
             return False
         plain = _is_plain(down) and _is_plain(up) and _is_plain(module.base_layer)
         same = result.dtype == x.dtype or result.dtype == _autocast_dtype(x)

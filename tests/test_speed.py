@@ -415,9 +415,20 @@ def per_sample_gradients(model, x):
     return list(torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x).values())
 
 
+def jagged(model, x):
+    rows = torch.nested.nested_tensor([x[:1, 0], x[1:, 0]], layout=torch.jagged)
+    return [model(rows).values()]
+
+
+def sparse(model, x):
+    return [model(x[:, 0].to_sparse())]
+
+
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # of a gate's forward, which has no inputs
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own forward mode
-@pytest.mark.parametrize("way", [selectively_checkpointed, under_global_hooks, forward_mode, per_sample_gradients])
+@pytest.mark.parametrize(
+    "way", [selectively_checkpointed, under_global_hooks, forward_mode, per_sample_gradients, jagged, sparse]
+)
 def test_what_takes_stock_lora_takes_gates(way):
     """Whoever keeps, follows or transforms operations finds each of them by itself, and nothing written over."""
     model = small()
