@@ -108,6 +108,8 @@ class GatedLora(LoraVariant):
         # What a plain nn.Linear returned is nobody else's. Engines that partition parameters hook the modules.
         if _is_watched() or x.layout != torch.strided or not result.is_contiguous():
             return False
+        if torch.is_grad_enabled() and not down.weight.requires_grad:  # by itself, a frozen A does not keep x
+            return False
         plain = _is_plain(down) and _is_plain(up) and _is_plain(module.base_layer)
         same = result.dtype == x.dtype or result.dtype == _autocast_dtype(x)
         return plain and same and x.device == result.device

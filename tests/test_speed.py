@@ -440,6 +440,31 @@ def test_what_takes_stock_lora_takes_gates(way):
         assert torch.allclose(own, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("trained", ["lora_", "lora_B"])
+def test_backward_is_held_what_stock_lora_holds(trained):
+    """A frozen A (LoRA-FA) has no use for its input; gates add no more than numbers."""
+
+    def held(model):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained in name or "score" in name)
+        own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.train()(torch.randn(16, 64))
+        return sum(storage.nbytes() for storage in kept.values())
+
+    model, stock = small(), small()
+    attach_gates(model, GateConfig(target_active=None, lambda_=0.5))
+    rank_wide = 2 * 16 * 2 * 4  # the intermediates of both layers
+    assert held(model) <= held(stock) + rank_wide + 64
+
+
 def test_what_others_look_at_is_not_overwritten(family):
     """A hook on the base layer sees, and may keep, what that returned; a hook on B is called."""
     model, gates = gated(family)
