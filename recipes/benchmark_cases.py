@@ -93,10 +93,8 @@ class Case:
 
     def __init__(self, name: str, arguments: BenchmarkArguments, base: nn.Module):
         self.arguments, self.gates = arguments, None
-        shared = {}
-        if name not in ("full", "folded, merged"):
-            # Never copied, not for a moment: the peak memory of a process is that of its whole life.
-            shared = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in base.parameters()}
+        shared = {} if name in ("full", "folded, merged") else {id(p): nn.Parameter(p.data) for p in base.parameters()}
+        # The memo leaves out what is shared; a copy that is dropped again would be this process's peak of memory.
         self.model = copy.deepcopy(base, shared)
         if name not in ("full", "frozen forward", "base"):
             self._adapt(name)

@@ -28,7 +28,7 @@ from hf_gatelora.evaluation.results import read_results
 # isort: split
 import benchmark
 import scaling
-from benchmark_cases import INFERENCE, BenchmarkArguments
+from benchmark_cases import INFERENCE, BenchmarkArguments, Case
 
 aten = torch.ops.aten
 MATMULS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.convolution}
@@ -536,6 +536,20 @@ def test_the_benchmarks_memory_is_that_of_its_steps():
     arguments = BenchmarkArguments(layers=1, image_size=112, device="cpu", batch_size=16)
     peak, step = benchmark.peak_memory("lora", arguments)
     assert peak > step > 10 * benchmark.MEBIBYTE
+
+
+def test_the_benchmarks_cases_share_what_is_frozen():
+    """A copy that is dropped again would be the peak of a process whose steps need less."""
+    arguments = BenchmarkArguments(layers=1, image_size=28, device="cpu")
+    base = benchmark.new_base(arguments)
+    with Operations() as building:
+        case = Case("lora", arguments, base)
+    assert not building.seen[aten.clone, base.dinov2.encoder.layer[0].mlp.fc1.weight.shape]
+    weight = base.dinov2.encoder.layer[0].mlp.fc1.weight
+    own = case.model.get_base_model().dinov2.encoder.layer[0].mlp.fc1.base_layer.weight
+    assert own.data_ptr() == weight.data_ptr()
+    assert weight.requires_grad
+    assert not own.requires_grad
 
 
 def test_scaling(tmp_path, monkeypatch, capsys):
