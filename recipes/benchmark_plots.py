@@ -2,6 +2,7 @@
 
 import os
 
+from benchmark_cases import MODELS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -55,7 +56,8 @@ def growth(points: list[tuple[dict, dict]], own: dict, path: str | os.PathLike) 
         own: arguments of the first point.
         path: PNG file, written under a temporary name and then renamed.
     """
-    names = list(dict.fromkeys(key for differing, _ in points for key in differing if key != "model"))
+    labels = {"layers": "layers", "batch_size": "batch", "lora_r": "rank", "image_size": "pixels"}
+    names = [key for key in labels if any(key in differing for differing, _ in points)]
     methods = list(dict.fromkeys(method for _, rows in points for method, metric in rows if metric == "step_seconds"))
     figure = Figure(figsize=(1 + 3.4 * max(len(names), 1), 6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -66,18 +68,20 @@ def growth(points: list[tuple[dict, dict]], own: dict, path: str | os.PathLike) 
         for axis, name in zip(axes, names, strict=False):
             line = [(differing, rows) for differing, rows in points if not differing or list(differing) == [name]]
 
-            def where(differing, rows, name=name):
+            def where(differing, name=name):
                 # A model has its own number of layers where the arguments give none.
-                return rows["search", "blocks"]["value"] if name == "layers" else differing.get(name, own[name])
+                return differing.get(name, own[name]) or MODELS[own["model"]][1]
 
             for method in methods:
-                at = sorted((where(*point), scale * point[1][method, metric]["value"]) for point in line)
+                measured = [(differing, rows[method, metric]) for differing, rows in line if (method, metric) in rows]
+                at = sorted((where(differing), scale * row["value"]) for differing, row in measured)
                 axis.plot(*zip(*at, strict=True), marker="o", markersize=4, linewidth=1.2, label=method)
             axis.set_xscale("log", base=2)
             axis.set_yscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_major_formatter("{x:g}")
             axis.grid(alpha=0.3)
-            axis.set_xlabel({"layers": "blocks", "lora_r": "rank", "batch_size": "batch"}.get(name, name))
-    grid[0][0].legend(fontsize=8)
+            axis.set_xlabel(labels[name])
+    if names:
+        grid[0][0].legend(fontsize=8)
     save(figure, path)

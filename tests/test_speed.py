@@ -29,6 +29,7 @@ from hf_gatelora.evaluation.results import read_results
 import benchmark
 import scaling
 from benchmark_cases import INFERENCE, BenchmarkArguments, Case
+from benchmark_plots import growth
 
 aten = torch.ops.aten
 MATMULS = {aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm, aten.convolution}
@@ -602,6 +603,21 @@ def test_scaling(tmp_path, monkeypatch, capsys):
     ]
     assert "\n".join(lines) in capsys.readouterr().out
     assert matplotlib.image.imread(tmp_path / "scaling.png").std() > 0.02
+
+
+@pytest.mark.parametrize(
+    "other", [{"layers": 3}, {"only": ["full"]}, {"batch_size": 2, "only": ["full"]}, {"model": "clip-b16"}]
+)
+def test_scaling_draws_what_was_measured(tmp_path, other):
+    """Without the searching case, without memory of a method, and beside points that no axis can place."""
+    rows = []
+    for own in ({}, other):
+        arguments = benchmark.stated(BenchmarkArguments(device="cpu", **{"only": ["frozen@0.25 late"]} | own))
+        for metric in ("step_seconds", "step_ratio", "step_bytes"):
+            rows.append({"arguments": arguments, "method": "lora", "metric": metric, "value": 1.0, "n": 1})
+        rows.append({**rows[0], "arguments": arguments, "method": "frozen@0.25 late"})
+    growth(scaling.by_point(rows), rows[0]["arguments"], tmp_path / "scaling.png")
+    assert matplotlib.image.imread(tmp_path / "scaling.png").std() > 0
 
 
 @pytest.mark.parametrize("vary", ["depth=3", "lora_r=", "lora_r=two"])
