@@ -630,7 +630,7 @@ def test_published_benchmarks_are_those_of_their_results():
     page = (ROOT / "recipes" / "README.md").read_text()
     scripts = {"benchmark_cpu": (benchmark, "step_time.png"), "benchmark_scaling": (scaling, "scaling.png")}
     folders = [path.parent for path in (ROOT / "recipes" / "results").glob("benchmark_*/results.jsonl")]
-    assert folders
+    assert {folder.name for folder in folders} == set(scripts)
     for folder in folders:
         script, figure = scripts[folder.name]
         assert script.table(read_results(folder / "results.jsonl")) in page
