@@ -89,7 +89,7 @@ def test_same_gates(config, family, ran, stock_peft):
     # The callback's measurements, of an odd number of images.
     assert len(found[0]["watched"]) == (3 if family["name"] == "dinov2" else 0)
     for own, other in zip(found[0]["watched"], reference["watched"], strict=True):
-        assert own == pytest.approx(other)
+        assert own == pytest.approx(other, abs=1e-6)  # fractions, and their changes
 
     # What is written gives the gated model's outputs in a process with stock PEFT.
     for step, outputs in found[0]["outputs"].items():
