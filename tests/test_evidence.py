@@ -385,7 +385,7 @@ def test_comparison_by_hand():
 def test_published_tables_are_those_of_their_results():
     page = (ROOT / "recipes" / "README.md").read_text()
     folders = sorted(path.parent for path in (ROOT / "recipes" / "results").glob("*/results.jsonl"))
-    folders = [folder for folder in folders if not folder.name.startswith("benchmark_")]  # see test_speed.py
+    folders = [folder for folder in folders if not folder.name.startswith("benchmark_")]  # see test_benchmark.py
     assert folders
     for folder in folders:
         assert report.comparison(read_results(folder / "results.jsonl")) in page
