@@ -29,7 +29,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import HfArgumentParser
 
-from hf_gatelora.evaluation.results import Results, read_results, write_results
+from hf_gatelora.evaluation.results import Results, read_results, write_results, write_text
 
 MEBIBYTE = 2**20
 # Where a step's time goes, by what the names of operations hold; the first that fits.
@@ -252,13 +252,6 @@ def measured_rows(arguments: BenchmarkArguments) -> list[dict]:
     return results.rows
 
 
-def write_text(text: str, path: Path) -> None:
-    """Write a file under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text + "\n")
-    os.replace(temporary, path)
-
-
 def main(argv: list[str]) -> None:
     (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(argv)
     output = Path(arguments.output_dir)
@@ -266,7 +259,7 @@ def main(argv: list[str]) -> None:
         write_results(measured_rows(arguments), output / "results.jsonl")
     rows = read_results(output / "results.jsonl")
     text = table(rows)
-    write_text(text, output / "benchmark.md")
+    write_text(text + "\n", output / "benchmark.md")
     step_time(rows, output / "step_time.png")
     print(f"\n{text}\n\nMedians, with the quartiles. All files: {output}")
 

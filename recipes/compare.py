@@ -7,7 +7,6 @@ ordinary run of that recipe, in OUTPUT_DIR/seed-N/METHOD. What is finished is no
 stopped goes on where it was; `--report` only draws what is there. Writes results.jsonl, comparison.md and frontier.png.
 """
 
-import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from report import comparison
 from tasks import named_task
 
 from hf_gatelora import GatedLoraTrainingArguments
-from hf_gatelora.evaluation.results import RESULTS_FILE, read_results, write_results
+from hf_gatelora.evaluation.results import RESULTS_FILE, read_results, write_results, write_text
 from hf_gatelora.hub.plots import frontier
 
 
@@ -55,9 +54,7 @@ def write_report(output: Path) -> str:
     rows = finished_rows(output)
     write_results(rows, output / RESULTS_FILE)
     text = comparison(rows)
-    temporary = output / ".comparison.md.tmp"
-    temporary.write_text(text + "\n")
-    os.replace(temporary, output / "comparison.md")
+    write_text(text + "\n", output / "comparison.md")
     frontier(rows, output / "frontier.png")
     return text
 

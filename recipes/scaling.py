@@ -14,14 +14,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from benchmark import MEBIBYTE, cell, measured_rows, stated, write_text
+from benchmark import MEBIBYTE, cell, measured_rows, stated
 from benchmark_cases import BenchmarkArguments
 from benchmark_plots import growth
 from report import markdown
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from hf_gatelora.evaluation.results import read_earlier, write_results
+from hf_gatelora.evaluation.results import read_earlier, write_results, write_text
 
 VARIED = {"model": str, "layers": int, "image_size": int, "batch_size": int, "lora_r": int}
 
@@ -110,7 +110,7 @@ def main(argv: list[str]) -> None:
                 rows += process.submit(measured_rows, point).result()
             write_results(rows, output / "results.jsonl")
     text = table(rows)
-    write_text(text, output / "scaling.md")
+    write_text(text + "\n", output / "scaling.md")
     growth(by_point(rows), rows[0]["arguments"], output / "scaling.png")
     print(f"\n{text}\n\nMedians; step and memory as ratios to LoRA's. All files: {output}")
 

@@ -49,8 +49,13 @@ def write_results(rows: list[dict], path: str | os.PathLike) -> None:
     """Write rows to a results file, under a temporary name that is then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_text("".join(json.dumps(row) + "\n" for row in rows), path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file under a temporary name, then rename it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

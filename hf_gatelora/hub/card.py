@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, eval_result_entries
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from ..evaluation.results import write_text
 from .content import CARD, EVAL_RESULTS, FRONTIER, GATE_MAP, AdapterCard, hub_id
 from .plots import frontier, gate_map
 from .tables import scales_table
@@ -75,7 +76,7 @@ def write_card(
         card.pictures.add(FRONTIER)
     if card.eval_entries:
         (directory / EVAL_RESULTS).parent.mkdir(exist_ok=True)
-        _write_text(directory / EVAL_RESULTS, yaml.safe_dump(eval_result_entries_to_yaml(card.eval_entries)))
+        write_text(yaml.safe_dump(eval_result_entries_to_yaml(card.eval_entries)), directory / EVAL_RESULTS)
     else:
         (directory / EVAL_RESULTS).unlink(missing_ok=True)
     if card.license is None:
@@ -125,7 +126,7 @@ def _license_of(base: str | None) -> str | None:
 def _write_unless_edited(path: Path, card: AdapterCard, before: str | None) -> None:
     if before is None or is_generated(before):
         text = card.render()
-        _write_text(path, text + MARK_TEXT.format(_digest(text)))
+        write_text(text + MARK_TEXT.format(_digest(text)), path)
     elif before is not None:
         logger.warning(f"{path} was written or edited by hand and stays as it is. Remove it to get a new card.")
 
@@ -136,9 +137,3 @@ def _digest(text: str) -> str:
 
 def _read_text(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
