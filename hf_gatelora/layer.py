@@ -142,17 +142,18 @@ def base_layer(module: nn.Module) -> nn.Module:
 
 
 def refuse_injected(model: nn.Module) -> None:
-    """Refuse a model whose LoRA layers came from transformers' own `add_adapter`.
+    """Refuse a model that holds adapter layers without being a `PeftModel`, as transformers' `add_adapter` leaves it.
 
     Raises:
-        TypeError: saying how to adapt it instead.
+        TypeError: saying how to adapt the model instead.
     """
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise TypeError(
-            f"{type(model).__name__} was adapted by its own add_adapter or load_adapter; gates need a PeftModel. In "
-            "place of model.add_adapter(LoraConfig(...)) call model = peft.get_peft_model(model, LoraConfig(...)). To "
-            "go on with an adapter that is trained already: model.save_pretrained(directory), then "
-            "peft.PeftModel.from_pretrained(base_model, directory, is_trainable=True) on a fresh base model."
+            f"{type(model).__name__} already has adapter layers, from its own add_adapter or load_adapter; gates need "
+            "a PeftModel. Replace model.add_adapter(LoraConfig(...)) by model = peft.get_peft_model(model, "
+            "LoraConfig(...)). To continue with a trained adapter, call model.save_pretrained(directory) "
+            "(transformers 5.24 needs PEFT 0.22 for that), then peft.PeftModel.from_pretrained(base_model, directory, "
+            "is_trainable=True) on a fresh base model."
         )
 
 

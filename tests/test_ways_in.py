@@ -10,7 +10,8 @@ import torch
 from backbones import BACKBONES
 from conftest import make_trainer
 from models import FAMILIES, Images, lora_config, outputs_of, randomize
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from safetensors.torch import save_file
 from test_equivalence import assert_close
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
@@ -207,20 +208,31 @@ def test_stream_gives_the_run_of_a_data_set(tmp_path):
 # ---- adapters that exist ----------------------------------------------------------------------------------------
 
 
-def test_models_adapted_by_transformers_are_told_what_to_do(tmp_path):
-    injected = DINO["model"]()
-    injected.add_adapter(lora_config(injected))
-    randomize(injected)
-    expected = outputs_of(DINO, injected)
+def test_models_adapted_by_transformers_are_told_what_to_do():
+    """As `model.add_adapter` adapts them; transformers refuses that call itself where it wants a newer PEFT."""
+    base = DINO["model"]()
+    injected = inject_adapter_in_model(lora_config(base), base)
+    assert injected is base
     for attempt in (
         lambda: attach_gates(injected),
         lambda: GatedLoraTrainer(injected),
         lambda: GatedLoraTrainer(injected, peft_config=lora_config(injected)),
     ):
-        with pytest.raises(TypeError, match=r"Dinov2ForImageClassification was adapted by its own add_adapter") as told:
+        with pytest.raises(TypeError, match=r"Dinov2ForImageClassification already has adapter layers") as told:
             attempt()
-    assert "model.save_pretrained(directory), then peft.PeftModel.from_pretrained(base_model, direc" in str(told.value)
-    injected.save_pretrained(tmp_path)
+    assert "call model.save_pretrained(directory)" in str(told.value)
+    assert "peft.PeftModel.from_pretrained(base_model, directory, is_trainable=True)" in str(told.value)
+
+
+def test_an_adapter_that_transformers_saved_goes_on_gated(tmp_path):
+    base = DINO["model"]()
+    injected = inject_adapter_in_model(lora_config(base), base)
+    randomize(injected)
+    expected = outputs_of(DINO, injected)
+    # What the model's own save_pretrained writes of it.
+    injected.peft_config["default"].save_pretrained(tmp_path)
+    weights = {f"base_model.model.{key}": value for key, value in get_peft_model_state_dict(injected).items()}
+    save_file(weights, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
     model = PeftModel.from_pretrained(DINO["model"](), tmp_path, is_trainable=True)
     attach_gates(model, HALF)
     assert_close(outputs_of(DINO, model), expected, 1e-6)
