@@ -7,15 +7,15 @@ __version__ = "0.1.0"
 # The names below are imported on first use: whoever needs only one part does not pay for the others.
 _HOME = {
     "GateConfig": "config",
-    "GateController": "controller",
-    "attach_gates": "attach",
-    "lora_targets": "targets",
-    "GateAnnealingCallback": "callbacks",
-    "RetentionCallback": "retention",
-    "GatedLoraTrainer": "trainer",
-    "GatedLoraTrainingArguments": "trainer",
-    "load_open_clip": "openclip",
-    "export_open_clip": "openclip",
+    "GateController": "training.controller",
+    "attach_gates": "training.attach",
+    "lora_targets": "gates.targets",
+    "GateAnnealingCallback": "training.callbacks",
+    "RetentionCallback": "training.retention",
+    "GatedLoraTrainer": "training.trainer",
+    "GatedLoraTrainingArguments": "training.trainer",
+    "load_open_clip": "adapters.openclip",
+    "export_open_clip": "adapters.openclip",
 }
 __all__ = [*_HOME, "__version__"]
 

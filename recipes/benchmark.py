@@ -29,7 +29,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import HfArgumentParser
 
-from hf_gatelora.evaluation.results import Results, read_results, write_results, write_text
+from hf_gatelora.records import Results, read_results, write_results, write_text
 
 MEBIBYTE = 2**20
 # Where a step's time goes, by what the names of operations hold; the first that fits.

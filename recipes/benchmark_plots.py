@@ -6,7 +6,7 @@ from benchmark_cases import MODELS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hf_gatelora.hub.plots import save
+from hf_gatelora.card.plots import save
 
 
 def step_time(rows: list[dict], path: str | os.PathLike) -> None:

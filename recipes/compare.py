@@ -18,8 +18,8 @@ from report import comparison
 from tasks import named_task
 
 from hf_gatelora import GatedLoraTrainingArguments
-from hf_gatelora.evaluation.results import RESULTS_FILE, read_results, write_results, write_text
-from hf_gatelora.hub.plots import frontier
+from hf_gatelora.card.plots import frontier
+from hf_gatelora.records import RESULTS_FILE, read_results, write_results, write_text
 
 
 @dataclass

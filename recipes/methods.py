@@ -20,15 +20,15 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, set_seed
 
 from hf_gatelora import GatedLoraTrainer, GatedLoraTrainingArguments, RetentionCallback, attach_gates
-from hf_gatelora.engines import EngineTrainer
+from hf_gatelora.adapters.export import check_scalable
+from hf_gatelora.card.plots import frontier
+from hf_gatelora.card.push import PushError
+from hf_gatelora.card.write import write_card
 from hf_gatelora.evaluation.adapter import measure_base, measure_tuned
 from hf_gatelora.evaluation.images import LabelledImages, eval_sets, parse_named_sources
-from hf_gatelora.evaluation.results import RESULTS_FILE, Results, not_default, read_results, write_results
 from hf_gatelora.evaluation.suite import EvalSet, Suite
-from hf_gatelora.export import check_scalable
-from hf_gatelora.hub.card import write_card
-from hf_gatelora.hub.plots import frontier
-from hf_gatelora.hub.push import PushError
+from hf_gatelora.records import RESULTS_FILE, Results, not_default, read_results, write_results
+from hf_gatelora.training.engines import EngineTrainer
 
 ADAPTER_FILE, MODEL_FILE = "adapter_model.safetensors", "model.safetensors"
 

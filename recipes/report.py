@@ -3,9 +3,8 @@
 import statistics
 from dataclasses import dataclass
 
-from hf_gatelora.evaluation.results import label
-from hf_gatelora.evaluation.suite import TITLES, primary
-from hf_gatelora.hub.tables import markdown
+from hf_gatelora.card.tables import markdown
+from hf_gatelora.records import TITLES, label, primary
 
 # In the results file, and left out of a run's table to keep it readable; ECE has columns of its own.
 NOT_SHOWN = ("ece", *(f"{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in (5, 10)))

@@ -21,7 +21,7 @@ from report import markdown
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from hf_gatelora.evaluation.results import read_earlier, write_results, write_text
+from hf_gatelora.records import read_earlier, write_results, write_text
 
 VARIED = {"model": str, "layers": int, "image_size": int, "batch_size": int, "lora_r": int}
 

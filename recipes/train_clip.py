@@ -31,13 +31,13 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 from transformers.integrations import unset_hf_deepspeed_config
 
 from hf_gatelora import GatedLoraTrainingArguments, export_open_clip, load_open_clip
-from hf_gatelora.bases import load_config
+from hf_gatelora.adapters.bases import load_config
 from hf_gatelora.evaluation.images import LabelledImages
 from hf_gatelora.evaluation.linear_probe import fit_linear_probe
 from hf_gatelora.evaluation.suite import ClipSuite
 from hf_gatelora.evaluation.templates import imagenet_class_names, prompt_templates
 from hf_gatelora.evaluation.zero_shot import image_features
-from hf_gatelora.layer import check_targets
+from hf_gatelora.gates.lora_layers import check_targets
 
 MODES = ("classification", "contrastive")
 TOWERS = ("vision", "text")

@@ -21,12 +21,12 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.integrations import unset_hf_deepspeed_config
 
 from hf_gatelora import GatedLoraTrainingArguments
-from hf_gatelora.bases import load_config, load_reporting, refuse_random
+from hf_gatelora.adapters.bases import load_config, load_reporting, refuse_random
 from hf_gatelora.evaluation.backbone import backbone_features, split_classifier
 from hf_gatelora.evaluation.images import LabelledImages, parse_named_sources
 from hf_gatelora.evaluation.linear_probe import fit_linear_probe
 from hf_gatelora.evaluation.published import classifier_suite
-from hf_gatelora.layer import check_targets
+from hf_gatelora.gates.lora_layers import check_targets
 
 
 @dataclass

@@ -16,9 +16,10 @@ from peft import get_peft_model
 from transformers import TrainerCallback
 
 from hf_gatelora import GateConfig, RetentionCallback, attach_gates
-from hf_gatelora.engines import without_embedding_units
-from hf_gatelora.evaluation.suite import ROLES, ClassifierSuite, EvalSet
+from hf_gatelora.evaluation.suite import ClassifierSuite, EvalSet
 from hf_gatelora.evaluation.zero_shot import image_features
+from hf_gatelora.records import ROLES
+from hf_gatelora.training.engines import without_embedding_units
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))
 from train_clip import contrastive_loss

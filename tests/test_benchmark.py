@@ -7,7 +7,7 @@ import pytest
 from operations import Operations, aten
 from world import ROOT
 
-from hf_gatelora.evaluation.results import read_results
+from hf_gatelora.records import read_results
 
 # isort: split
 import benchmark

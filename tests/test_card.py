@@ -16,11 +16,10 @@ from transformers import TrainerCallback
 from world import NAMES, TASKS, parse, words
 
 from hf_gatelora import GateConfig, RetentionCallback, attach_gates
-from hf_gatelora.evaluation.results import RESULTS_FILE, read_results, write_results
+from hf_gatelora.adapters.export import scale_adapter
+from hf_gatelora.card.write import is_generated, refresh_card, write_card
 from hf_gatelora.evaluation.suite import ClassifierSuite, EvalSet
-from hf_gatelora.export import scale_adapter
-from hf_gatelora.hub.card import is_generated, write_card
-from hf_gatelora.hub.content import without_paths
+from hf_gatelora.records import RESULTS_FILE, read_results, without_paths, write_results
 
 # isort: split
 import methods
@@ -237,11 +236,13 @@ def test_warnings_of_the_card(tmp_path):
 
 def test_scaled_adapters_have_their_own_numbers(published, tmp_path):
     scale_adapter(published["clip"], 0.5, tmp_path)
+    refresh_card(tmp_path)
     rows = [row for row in read_results(published["clip"] / RESULTS_FILE) if row.get("wise") == 0.5]
     card = card_of(tmp_path)
     assert [result.metric_value for result in card.data.eval_results] == [row["value"] for row in rows]
     assert "scaled by 0.5" in card.text
     scale_adapter(published["clip"], 0.25, tmp_path)
+    refresh_card(tmp_path)
     assert "Nothing was measured" in card_of(tmp_path).text
     assert not (tmp_path / RESULTS_FILE).exists()
 

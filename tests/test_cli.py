@@ -24,9 +24,10 @@ from transformers import (
 )
 from world import NAMES, ROOT, dataset
 
-from hf_gatelora import GateConfig, attach_gates, doctor
+from hf_gatelora import GateConfig, attach_gates
+from hf_gatelora.adapters import doctor
 from hf_gatelora.cli import main
-from hf_gatelora.evaluation.results import read_results, write_results
+from hf_gatelora.records import read_results, write_results
 
 OPEN = ["vision_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.mlp.fc2"]
 

@@ -25,11 +25,11 @@ from transformers import (
 from world import NAMES, ROOT, TASKS, TinyClip, parse, words
 
 from hf_gatelora import GateConfig, RetentionCallback, attach_gates
+from hf_gatelora.adapters.export import scale_adapter, scaled
 from hf_gatelora.evaluation import images as sources
 from hf_gatelora.evaluation.backbone import backbone_features, split_classifier
-from hf_gatelora.evaluation.results import read_results
 from hf_gatelora.evaluation.suite import ClassifierSuite, EvalSet
-from hf_gatelora.export import scale_adapter, scaled
+from hf_gatelora.records import read_results
 
 # isort: split
 import compare

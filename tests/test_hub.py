@@ -20,8 +20,8 @@ from models import FAMILIES, outputs_of
 from transformers import TrainerCallback
 from world import TinyClip, parse, words
 
+from hf_gatelora.card.push import PushError, push_adapter
 from hf_gatelora.cli import main as gatelora
-from hf_gatelora.hub.push import PushError, push_adapter
 
 # isort: split
 import methods

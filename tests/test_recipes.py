@@ -13,7 +13,7 @@ from transformers import CLIPModel
 from world import NAMES, ROOT, TASKS, TinyClip, dataset, parse, png, words
 
 from hf_gatelora.evaluation import images as sources
-from hf_gatelora.evaluation.results import Results, read_results
+from hf_gatelora.records import Results, read_results
 
 # isort: split
 import methods

@@ -14,7 +14,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from hf_gatelora import GateConfig, attach_gates
 from hf_gatelora.config import KINDS
-from hf_gatelora.loop import checkpoint_gates
+from hf_gatelora.training.loop import checkpoint_gates
 
 FREEZE = 8  # of 16 steps
 RUN = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1, "weight_decay": 0.1}

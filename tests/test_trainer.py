@@ -244,7 +244,7 @@ def test_gate_arguments_on_the_command_line(tmp_path):
 def test_only_the_seam_touches_the_internals_of_peft():
     internals = re.compile(r"peft\.tuners|get_pattern_key|\.(lora_variant|get_base_layer|base_layer)\b|\.lora_[AB]\[")
     package = Path(sys.modules["hf_gatelora"].__file__).parent
-    assert {file.name for file in package.rglob("*.py") if internals.search(file.read_text())} == {"layer.py"}
+    assert {file.name for file in package.rglob("*.py") if internals.search(file.read_text())} == {"lora_layers.py"}
 
 
 def test_importing_the_package_imports_nothing_heavy():

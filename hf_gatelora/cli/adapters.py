@@ -4,13 +4,13 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from ..inspection import Adapter, find_adapter, inspect_adapter
+from ..adapters.inspection import Adapter, find_adapter, inspect_adapter
 from .inspect import describe
 
 
 def fold(arguments: Namespace) -> tuple[dict, str, int]:
     """Write a checkpoint as a stock adapter."""
-    from ..export import fold_checkpoint
+    from ..adapters.export import fold_checkpoint
 
     fold_checkpoint(inspect_adapter(arguments.checkpoint).folder, arguments.output)
     return _written(arguments.output)
@@ -20,7 +20,7 @@ def merge(arguments: Namespace) -> tuple[dict, str, int]:
     """Write the base model with an adapter merged in."""
     import torch
 
-    from ..bases import merge_adapter
+    from ..adapters.bases import merge_adapter
 
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     model = merge_adapter(inspect_adapter(arguments.adapter), arguments.output, arguments.model, dtype)
@@ -33,7 +33,7 @@ def merge(arguments: Namespace) -> tuple[dict, str, int]:
 
 def wise(arguments: Namespace) -> tuple[dict, str, int]:
     """Write an adapter between its base and itself."""
-    from ..export import scale_adapter
+    from ..adapters.export import scale_adapter
 
     adapter = inspect_adapter(arguments.adapter)
     scale_adapter(adapter.folder, arguments.scale, arguments.output, _base_of([adapter], arguments.model))
@@ -42,7 +42,7 @@ def wise(arguments: Namespace) -> tuple[dict, str, int]:
 
 def combine(arguments: Namespace) -> tuple[dict, str, int]:
     """Write the weighted sum of adapters as one."""
-    from ..combine import combine_adapters
+    from ..adapters.combine import combine_adapters
 
     sources, weights = zip(*map(_weighted, arguments.adapters), strict=True)
     adapters = [inspect_adapter(source) for source in sources]
@@ -53,7 +53,7 @@ def combine(arguments: Namespace) -> tuple[dict, str, int]:
 
 def card(arguments: Namespace) -> tuple[dict, str, int]:
     """Write the card of an adapter anew."""
-    from ..hub.card import write_card
+    from ..card.write import write_card
 
     path = write_card(_local(arguments.adapter))
     return {"card": str(path)}, str(path), 0
@@ -61,7 +61,7 @@ def card(arguments: Namespace) -> tuple[dict, str, int]:
 
 def push(arguments: Namespace) -> tuple[dict, str, int]:
     """Put an adapter on the Hub."""
-    from ..hub.push import push_adapter
+    from ..card.push import push_adapter
 
     try:
         url = push_adapter(
@@ -100,7 +100,7 @@ def _base_of(adapters: list[Adapter], model: str | None):
     adapter = next((adapter for adapter in adapters if adapter.heads), None)
     if adapter is None or model is None:
         return None
-    from ..bases import load_base
+    from ..adapters.bases import load_base
 
     base, new_head = load_base(adapter, model)
     if new_head:
@@ -109,5 +109,8 @@ def _base_of(adapters: list[Adapter], model: str | None):
 
 
 def _written(output: str, **more) -> tuple[dict, str, int]:
+    from ..card.write import refresh_card
+
+    refresh_card(output)
     adapter = inspect_adapter(output)
     return {**adapter.report(), **more}, f"{describe(adapter)}\nWritten to {output}", 0

@@ -3,8 +3,8 @@
 from argparse import Namespace
 from collections import Counter
 
-from ..doctor import examine_environment, examine_model
-from ..inspection import grids
+from ..adapters.doctor import examine_environment, examine_model
+from ..adapters.inspection import grids
 from .text import table
 
 

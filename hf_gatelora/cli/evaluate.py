@@ -5,9 +5,8 @@ from pathlib import Path
 
 from ..evaluation.adapter import evaluate_adapter
 from ..evaluation.images import parse_named_sources
-from ..evaluation.results import label
-from ..evaluation.suite import TITLES
 from ..evaluation.templates import prompt_templates
+from ..records import TITLES, label
 from .text import table
 
 

@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from ..inspection import Adapter, grids, inspect_adapter, overlap
+from ..adapters.inspection import Adapter, grids, inspect_adapter, overlap
 from .text import table
 
 
@@ -13,7 +13,7 @@ def inspect(arguments: Namespace) -> tuple[dict, str, int]:
     if arguments.map is not None:
         if adapter.summary is None:
             raise ValueError(f"{arguments.adapter} has no gates.json: there are no scores to draw.")
-        from ..hub.plots import gate_map
+        from ..card.plots import gate_map
 
         gate_map(adapter.summary, arguments.map)
     if arguments.other is not None:

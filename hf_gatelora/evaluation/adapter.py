@@ -12,14 +12,14 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, PreTrainedModel
 
-from ..bases import load_adapted, load_base, load_processor, load_reporting
-from ..export import check_scalable, scaled
-from ..inspection import Adapter, inspect_adapter
-from ..layer import PLAIN_INITS
+from ..adapters.bases import load_adapted, load_base, load_processor, load_reporting
+from ..adapters.export import check_scalable, scaled
+from ..adapters.inspection import Adapter, inspect_adapter
+from ..gates.lora_layers import PLAIN_INITS
+from ..records import Results, read_earlier, read_results, update_results
 from .backbone import split_classifier
 from .images import LabelledImages, eval_sets
 from .published import classifier_suite, plain_name
-from .results import Results, read_earlier, read_results, update_results
 from .suite import ClipSuite, Suite
 
 logger = logging.getLogger(__name__)

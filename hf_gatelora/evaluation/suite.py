@@ -8,17 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from .. import sharding
+from ..gates import sharding
+from ..records import ROLES
 from .backbone import backbone_features
 from .classification import accuracy, expected_calibration_error
 from .knn import knn_logits
 from .retrieval import recall_at
 from .zero_shot import ensemble_text_features, image_features, text_features
-
-TITLES = {"id": "ID", "ood": "OOD", "retention": "retention"}  # in tables, by role
-ROLES = tuple(TITLES)
-# What stands for a set where one number is wanted: the first of these that was measured on it, else its first metric.
-PRIMARY = ("knn_top1", "top1", "image_to_text_recall@1")
 
 
 @dataclass
@@ -183,16 +179,6 @@ class ClassifierSuite(Suite):
             votes = knn_logits(queries, bank, labels, len(data.class_names), self.k, self.temperature).cpu()
             found["knn_top1"] = accuracy(votes, data.labels)
         return found
-
-
-def primary(rows: list[dict], role: str) -> float | None:
-    """Mean over the sets of a role of each one's primary metric; None where nothing was measured."""
-    sets: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row["role"] == role:
-            sets.setdefault(row["data"], {})[row["metric"]] = row["value"]
-    values = [found[next((m for m in PRIMARY if m in found), next(iter(found)))] for found in sets.values()]
-    return sum(values) / len(values) if values else None
 
 
 def _accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""What is shown of a run: figures."""
+"""Former places of `hf_gatelora.card.push` and `hf_gatelora.card.write`, kept until 1.0."""

@@ -13,16 +13,23 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME
 
+from ..adapters.files import read_shapes
 from ..config import GateConfig
-from ..evaluation.results import RESULTS_FILE, read_results, without_paths
-from ..evaluation.suite import PRIMARY, TITLES
-from ..files import SUMMARY_FILE, read_shapes
+from ..records import (
+    FRONTIER,
+    GATE_MAP,
+    PRIMARY,
+    RESULTS_FILE,
+    SUMMARY_FILE,
+    TITLES,
+    TRAINED,
+    read_results,
+    without_paths,
+)
 from . import tables
-from .tables import METRICS, TRAINED, measured, metric_name
+from .tables import METRICS, measured, metric_name
 
-CARD, GATE_MAP, FRONTIER = "README.md", "gate_map.png", "frontier.png"
-EVAL_RESULTS = ".eval_results/hf_gatelora.yaml"
-TEMPLATE = Path(__file__).with_name("card_template.md")
+TEMPLATE = Path(__file__).with_name("template.md")
 # Arguments that the card's other parts show, or that say where and how a run was started, not what was trained.
 NOT_SHOWN = {
     *("model", "train", "test", "validation", "ood", "retention", "validation_ood", "validation_retention", "bank"),

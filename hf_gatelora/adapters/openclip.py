@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.image_utils import PILImageResampling
 
-from .layer import base_layer
+from ..gates.lora_layers import base_layer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

@@ -4,9 +4,9 @@ import re
 
 from peft import PeftModel
 
-from . import layer as seam
-from .config import GateConfig
-from .gates import open_count
+from ..config import GateConfig
+from . import lora_layers
+from .kinds import open_count
 
 
 def group_modules(model: PeftModel, modules: list[str], config: GateConfig) -> dict[str, list[str]]:
@@ -16,7 +16,7 @@ def group_modules(model: PeftModel, modules: list[str], config: GateConfig) -> d
     if config.granularity == "layer":
         blocks: dict[str, list[str]] = {}
         for name in modules:
-            blocks.setdefault(seam.layer_of(model, name), []).append(name)
+            blocks.setdefault(lora_layers.layer_of(model, name), []).append(name)
         return blocks
     texts = [[name] for name in modules]
     groups = _partition("granularity", config.granularity, modules, texts, "LoRA module")

@@ -13,10 +13,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .evaluation.results import RESULTS_FILE, read_results
+from ..records import RESULTS_FILE, SUMMARY_FILE, read_results
 
-STATE_FILE = "gatelora_state.safetensors"
-SUMMARY_FILE = "gates.json"
 TEMPORARY = ".tmp-adapter-"
 
 

@@ -11,14 +11,14 @@ import yaml
 from accelerate.commands.config.config_args import default_config_file
 from peft import LoraConfig, get_peft_model
 
-from . import layer as seam
+from ..config import GateConfig
+from ..gates import lora_layers
+from ..gates.blocks import find_towers, open_counts
+from ..gates.kinds import smallest_fraction
+from ..gates.targets import linear_layers, lora_targets, outside_of_layers, without_heads
+from ..records import PACKAGES, package_versions
 from .bases import empty_model, load_config, quiet
-from .blocks import find_towers, open_counts
-from .config import GateConfig
-from .evaluation.results import PACKAGES, package_versions
-from .gates import smallest_fraction
 from .inspection import grids
-from .targets import linear_layers, lora_targets, outside_of_layers, without_heads
 
 OPTIONAL = ("deepspeed", "open_clip_torch", "bitsandbytes")
 
@@ -54,15 +54,15 @@ def examine_model(
     layers = linear_layers(model)
     try:
         targets = list(target_modules or lora_targets(model))
-        if missing := seam.missing_targets(model, targets):
-            problems.append(seam.explain_missing(model, missing))
+        if missing := lora_layers.missing_targets(model, targets):
+            problems.append(lora_layers.explain_missing(model, missing))
         targets = [target for target in targets if target not in missing]
         if not targets:
             return report
         config = LoraConfig(r=r, lora_alpha=r, target_modules="all-linear" if targets == ["all-linear"] else targets)
         with quiet():
             adapted = get_peft_model(model, without_heads(model, config))
-        adapters = seam.lora_layers(adapted, "default")
+        adapters = lora_layers.lora_layers(adapted, "default")
     except (TypeError, ValueError) as error:
         problems.append(str(error))
         return report
@@ -76,7 +76,7 @@ def examine_model(
         "outside": [name for name in left_out if not layers[name]],
     }
     count = len(adapters)
-    parameters = sum(seam.multiplications(layer, "default")[0] for layer in adapters.values())
+    parameters = sum(lora_layers.multiplications(layer, "default")[0] for layer in adapters.values())
     report |= {"gates": count, "smallest_budget": smallest_fraction(count), "lora_parameters": parameters}
     try:
         config = GateConfig(target_active=budget)

@@ -21,7 +21,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import sharding
-from .gates import Gate
+from .kinds import Gate
 from .product import AddGated
 
 PREFIX = "base_model.model."

@@ -1,19 +1,23 @@
 """`RetentionCallback`: ID, OOD and retention during training, as changes against the base model."""
 
-import logging
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
+from ..evaluation.suite import Suite
+from ..records import RESULTS_FILE, ROLES, Results, not_default, primary, read_results, write_results
 from .controller import CONTROLLER
-from .evaluation.results import RESULTS_FILE, Results, not_default, read_results, write_results
-from .evaluation.suite import ROLES, Suite, primary
 
-logger = logging.getLogger(__name__)
+
+def _trainer_of(state: TrainerState) -> Trainer:
+    """The Trainer whose state this is: callbacks are not told, and it alone reaches all that report its log."""
+    # By type: isinstance would ask objects of other libraries for their class, of which some warn.
+    return next(found for found in gc.get_objects() if issubclass(type(found), Trainer) and found.state is state)
 
 
 class RetentionCallback(TrainerCallback):
@@ -37,8 +41,7 @@ class RetentionCallback(TrainerCallback):
         file: name of the results file that the rows of the base and of the last evaluation (at the end, those of the
             best model where that is loaded) are written to, in the output folder; model cards take their numbers from
             it. None writes none.
-        log: called with the entries. `GatedLoraTrainer` sets it; with a stock `Trainer` set `callback.log =
-            trainer.log`, else they go to the state's log history and to Python's logging. The base is taken to stay as
+        log: called with the entries; by default the `log` of the Trainer that evaluates. The base is taken to stay as
             it is while this object lives.
     """
 
@@ -79,12 +82,7 @@ class RetentionCallback(TrainerCallback):
             rows, entries, self._found = self._measure(model)
             if self.file:
                 self._publish(self._with_base(rows, args, state, model), args, state, model)
-            means = self._found
-            if self.log is not None:
-                self.log({**entries, **means})
-            elif state.is_world_process_zero:
-                state.log_history.append({**entries, **means, "step": state.global_step})
-                logger.info(f"step {state.global_step}: {means}")
+            (self.log or _trainer_of(state).log)({**entries, **self._found})
         metrics.update(self._found)
 
     def _with_base(self, rows: list[dict], args, state, model: PeftModel) -> list[dict]:

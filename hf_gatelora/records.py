@@ -1,14 +1,28 @@
-"""`results.jsonl`: one row per measurement, from which every table and card reads its numbers."""
+"""What a run leaves behind: the names of its files, how they are written, and the rows of `results.jsonl`.
+
+Every table and card reads its numbers from those rows, one per measurement.
+"""
 
 import json
 import os
 import platform
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-RESULTS_FILE = "results.jsonl"
+RESULTS_FILE, SUMMARY_FILE, STATE_FILE = "results.jsonl", "gates.json", "gatelora_state.safetensors"
+CARD, GATE_MAP, FRONTIER = "README.md", "gate_map.png", "frontier.png"
+EVAL_RESULTS = ".eval_results/hf_gatelora.yaml"
+
+TITLES = {"id": "ID", "ood": "OOD", "retention": "retention"}  # in tables, by role
+ROLES = tuple(TITLES)
+TRAINED = "cost", "train"  # role and data of the rows that name what an adapter was trained on
+# What stands for a set where one number is wanted: the first of these that was measured on it, else its first metric.
+PRIMARY = ("knn_top1", "top1", "image_to_text_recall@1")
 PACKAGES = ("hf_gatelora", "torch", "transformers", "peft", "accelerate", "datasets")
 # Arguments of an evaluation that do not change the value of a row: which rows there are, and how fast they come.
 SAME_VALUES = ("id", "ood", "retention", "scales", "batch_size", "device")
@@ -47,16 +61,26 @@ class Results:
 
 def write_results(rows: list[dict], path: str | os.PathLike) -> None:
     """Write rows to a results file, under a temporary name that is then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text("".join(json.dumps(row) + "\n" for row in rows), path)
 
 
-def write_text(text: str, path: Path) -> None:
+def write_text(text: str, path: str | os.PathLike) -> None:
     """Write a text file under a temporary name, then rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` when the context ends without an error.
+
+    It lies in a new folder beside `path`, so that it never goes through a link and no other process writes there.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as folder:
+        yield Path(folder) / path.name
+        os.replace(Path(folder) / path.name, path)
 
 
 def read_results(path: str | os.PathLike) -> list[dict]:
@@ -110,6 +134,16 @@ def update_results(rows: list[dict], path: str | os.PathLike) -> None:
         and ("wise" not in row or ways.get(on_set(row), how(row)) == how(row))
     ]
     write_results([*kept, *rows], path)
+
+
+def primary(rows: list[dict], role: str) -> float | None:
+    """Mean over the sets of a role of each one's primary metric; None where nothing was measured."""
+    sets: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["role"] == role:
+            sets.setdefault(row["data"], {})[row["metric"]] = row["value"]
+    values = [found[next((m for m in PRIMARY if m in found), next(iter(found)))] for found in sets.values()]
+    return sum(values) / len(values) if values else None
 
 
 def label(row: dict) -> str:

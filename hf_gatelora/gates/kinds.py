@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .config import GateConfig
+from ..config import GateConfig
 
 # Hard concrete gate: the constants of Louizos et al. (arXiv 1712.01312), section 4.
 HC_BETA, HC_GAMMA, HC_ZETA = 2 / 3, -0.1, 1.1

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import layer as seam
+from ..gates import lora_layers
 from .export import check_scalable, write_stock
 from .files import read_adapter
 
@@ -59,15 +59,15 @@ def combine_adapters(
     combined: dict[str, Tensor] = {}
     scaling = None  # that of the first block is kept for all, so that one adapter at weight 1 stays as it is
     for key in dict.fromkeys(key for part in tensors for key in part):
-        name, axis = seam.module_of_key(key), _rank_axis(key)
+        name, axis = lora_layers.module_of_key(key), _rank_axis(key)
         found = [(p[key], w, c) for p, w, c in zip(tensors, weights, configs, strict=True) if key in p]
         if len({tuple(n for i, n in enumerate(value.shape) if i != axis) for value, _, _ in found}) > 1:
             shapes = ", ".join(str(tuple(value.shape)) for value, _, _ in found)
             raise ValueError(f"{key} has the shapes {shapes}: the adapters are on other base models, or other heads.")
         if name is None:
-            combined[key] = _head(key.removeprefix(seam.PREFIX), [(value, w) for value, w, _ in found], base)
+            combined[key] = _head(key.removeprefix(lora_layers.PREFIX), [(value, w) for value, w, _ in found], base)
             continue
-        scalings = [seam.scaling(config, name, value.shape[axis]) for value, _, config in found]
+        scalings = [lora_layers.scaling(config, name, value.shape[axis]) for value, _, config in found]
         scaling = scalings[0] if scaling is None else scaling
         values = [value for value, _, _ in found]
         if axis == 1:
@@ -81,8 +81,8 @@ def combine_adapters(
         shape[axis] = rank - shape[axis]
         combined[key] = torch.cat([combined[key], combined[key].new_zeros(shape)], dim=axis)
 
-    modules = list(dict.fromkeys(map(seam.module_of_key, axes)))
-    fields = seam.exact_targets(modules, modules, {})
+    modules = list(dict.fromkeys(map(lora_layers.module_of_key, axes)))
+    fields = lora_layers.exact_targets(modules, modules, {})
     if any(config.get("exclude_modules") for config in configs):
         # Some name catches more than itself, and what that is only the model knows. A pattern matches in full.
         fields["target_modules"] = "|".join(map(re.escape, modules))
@@ -94,7 +94,7 @@ def combine_adapters(
 
 def _rank_axis(key: str) -> int | None:
     """The dimension of a tensor that is as long as the rank: 0 of A, 1 of B; None for a head."""
-    if seam.module_of_key(key) is None:
+    if lora_layers.module_of_key(key) is None:
         return None
     return 0 if key.rpartition("lora_")[2].startswith(("A", "embedding_A")) else 1
 

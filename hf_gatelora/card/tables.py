@@ -3,10 +3,8 @@
 from collections.abc import Callable
 from statistics import fmean
 
-from ..evaluation.results import without_paths
-from ..evaluation.suite import ROLES, TITLES, primary
+from ..records import ROLES, TITLES, TRAINED, primary, without_paths
 
-TRAINED = "cost", "train"  # role and data of the rows that name what an adapter was trained on
 # Metric of a results row: its identifier on the Hub, and its name in the table.
 METRICS = {"top1": ("accuracy", "accuracy"), "knn_top1": ("accuracy", "k-NN accuracy"), "ece": ("ece", "ECE")}
 

@@ -11,11 +11,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from . import layer as seam
-from .files import SUMMARY_FILE, read_shapes
+from ..gates import lora_layers
+from ..records import RESULTS_FILE, SUMMARY_FILE
+from .files import read_shapes
 
 # Of a repository with an adapter, what its inspection, evaluation and merging need.
-NEEDED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, SUMMARY_FILE, "results.jsonl", "*processor*.json")
+NEEDED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, SUMMARY_FILE, RESULTS_FILE, "*processor*.json")
 NEEDED += ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 
 
@@ -67,7 +68,7 @@ class Adapter:
     def __post_init__(self):
         self.modules: dict[str, dict[str, int]] = {}
         for key in sorted(self.shapes, key=_natural):
-            name = seam.module_of_key(key)
+            name = lora_layers.module_of_key(key)
             if name is not None:
                 entry = self.modules.setdefault(name, {"parameters": 0, "rank": 0})
                 entry["parameters"] += math.prod(self.shapes[key])
@@ -82,9 +83,9 @@ class Adapter:
     def heads(self) -> dict[str, tuple[int, ...]]:
         """Shapes of what the adapter holds beside LoRA, by name in the base model."""
         return {
-            key.removeprefix(seam.PREFIX): shape
+            key.removeprefix(lora_layers.PREFIX): shape
             for key, shape in self.shapes.items()
-            if seam.module_of_key(key) is None
+            if lora_layers.module_of_key(key) is None
         }
 
     def report(self) -> dict:

@@ -3,8 +3,7 @@
 from peft import PeftModel
 from torch import Tensor, nn
 
-from . import layer as seam
-from . import sharding
+from . import lora_layers, sharding
 
 
 def check_freezable(model: PeftModel, layers: dict) -> None:
@@ -13,7 +12,7 @@ def check_freezable(model: PeftModel, layers: dict) -> None:
     Raises:
         RuntimeError: where an adapter is merged, or DDP does not allow unused parameters.
     """
-    if any(seam.is_merged(layer) for layer in layers.values()):
+    if any(lora_layers.is_merged(layer) for layer in layers.values()):
         raise RuntimeError("Cannot freeze: the adapter is merged into the base weights. Unmerge it first.")
     refuse_strict_ddp(model)
 
@@ -42,16 +41,16 @@ def close_blocks(model: PeftModel, adapter: str, layers: dict, kept: list[str]) 
     first = next(iter(layers))
     for name, layer in layers.items():
         if name in kept:
-            seam.uninstall(layer, adapter)
+            lora_layers.uninstall(layer, adapter)
         elif kept or name != first:
-            removed += seam.remove_adapter(layer, adapter)
+            removed += lora_layers.remove_adapter(layer, adapter)
         else:
             # PEFT cannot express an adapter without layers: with nothing open, one block stays, with B = 0 and a gate
             # that keeps it so.
-            seam.reset(layer, adapter)
-            seam.install(layer, adapter, None)
-    seam.narrow_targets(model, adapter, kept or [first])
-    seam.unwrap_empty_layers(model)
+            lora_layers.reset(layer, adapter)
+            lora_layers.install(layer, adapter, None)
+    lora_layers.narrow_targets(model, adapter, kept or [first])
+    lora_layers.unwrap_empty_layers(model)
     return removed
 
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .config import GateConfig
-from .gates import penalty_terms, search_progress
+from ..config import GateConfig
+from .kinds import penalty_terms, search_progress
 
 # The penalty rises linearly over this first part of the search.
 RAMP = 0.25

@@ -7,9 +7,9 @@ from accelerate.state import GradientState
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
-from . import sharding
+from ..gates import sharding
+from ..records import not_default
 from .controller import GateController
-from .evaluation.results import not_default
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from peft.utils import CONFIG_NAME
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from ..gates.lora_layers import PREFIX
 from .files import replace_files
 from .inspection import Adapter
-from .layer import PREFIX
 
 # Weight files of a model that an earlier merge, in one file or in several, may have left.
 STALE = {SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME}

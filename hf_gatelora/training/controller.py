@@ -11,17 +11,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import gates as maths
-from . import layer as seam
-from . import sharding
-from .blocks import find_towers, gate_costs, group_modules, open_counts
-from .checkpoint import check_same_run, load_raw, read_state
-from .config import GateConfig
-from .export import write_adapter
-from .freeze import check_freezable, close_blocks, explain_degenerate, refuse_strict_ddp
-from .hub.push import PushError, push_adapter
-from .optimizers import Optimizers
-from .penalty import STEER_LAMBDA, Penalty
+from ..adapters.checkpoint import check_same_run, load_raw, read_state
+from ..adapters.export import write_adapter
+from ..config import GateConfig
+from ..gates import kinds, lora_layers, sharding
+from ..gates.blocks import find_towers, gate_costs, group_modules, open_counts
+from ..gates.freeze import check_freezable, close_blocks, explain_degenerate, refuse_strict_ddp
+from ..gates.optimizers import Optimizers
+from ..gates.penalty import STEER_LAMBDA, Penalty
 
 logger = logging.getLogger(__name__)
 
@@ -39,20 +36,20 @@ class GateController:
     def __init__(self, model: PeftModel, layers: dict, config: GateConfig, adapter_name: str):
         self.model, self.config, self.adapter_name = model, config, adapter_name
         self._layers = layers
-        multiplications = {name: seam.multiplications(layer, adapter_name) for name, layer in layers.items()}
+        multiplications = {name: lora_layers.multiplications(layer, adapter_name) for name, layer in layers.items()}
         self._sizes = {name: adapter for name, (adapter, _) in multiplications.items()}
         self.blocks: dict[str, list[str]] = group_modules(model, list(layers), config)
         self.towers: dict[str, list[int]] = find_towers(self.blocks, config)
         self._counts = open_counts(self.towers, len(self.blocks), config)
         self._penalty = Penalty(config, gate_costs(self.blocks, multiplications, config), self.towers, self._counts)
-        self._fingerprint = seam.fingerprint(layers)
+        self._fingerprint = lora_layers.fingerprint(layers)
         self._base = _describe(model.get_base_model())
 
-        device = seam.lora_parameters(next(iter(layers.values())), adapter_name)[0].device
-        gates = nn.ModuleList(maths.Gate(config, device) for _ in self.blocks)
+        device = lora_layers.lora_parameters(next(iter(layers.values())), adapter_name)[0].device
+        gates = nn.ModuleList(kinds.Gate(config, device) for _ in self.blocks)
         for gate, members in zip(gates, self.blocks.values(), strict=True):
             for name in members:
-                seam.install(layers[name], adapter_name, gate)
+                lora_layers.install(layers[name], adapter_name, gate)
         # The gates hang on the PeftModel, outside PEFT's own layers: PEFT takes everything on those for the adapter.
         model.add_module(GATES, nn.ModuleDict({adapter_name: gates}))
         # Every rank computes these buffers alike. DDP, which broadcasts buffers, fails where the freeze takes the last
@@ -89,7 +86,7 @@ class GateController:
     # ---- scores -------------------------------------------------------------------------------------------------
 
     @property
-    def _gates(self) -> list[maths.Gate]:
+    def _gates(self) -> list[kinds.Gate]:
         return list(getattr(self.model, GATES)[self.adapter_name])
 
     def score_parameters(self) -> list[nn.Parameter]:
@@ -133,8 +130,8 @@ class GateController:
         """Gate values (without noise), fp32 of shape (N,), on the CPU; 0 or 1 after the freeze."""
         if self.frozen:
             return self._open.float()
-        temperature = maths.temperature(self.progress, self.config)
-        return maths.gate_values(self.scores, self.config, temperature, None)
+        temperature = kinds.temperature(self.progress, self.config)
+        return kinds.gate_values(self.scores, self.config, temperature, None)
 
     @property
     def open_mask(self) -> Tensor:
@@ -222,7 +219,7 @@ class GateController:
     @property
     def temperature(self) -> float | None:
         """Temperature of sigmoid gates now; None for the other kinds."""
-        return maths.temperature(self.progress, self.config) if self.config.kind == "sigmoid" else None
+        return kinds.temperature(self.progress, self.config) if self.config.kind == "sigmoid" else None
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -231,11 +228,11 @@ class GateController:
         self._scores = self._read_scores()
         self._penalty.steer(self._scores, self.progress)
         if self.config.kind == "sigmoid":
-            value = maths.temperature(self.progress, self.config)
+            value = kinds.temperature(self.progress, self.config)
             values = [torch.full_like(gates[0].temperature, value)] * len(gates)
             torch._foreach_copy_([g.temperature for g in gates], values)
         if self.config.kind == "hard_concrete":
-            noise = maths.step_noise(self.config, self.steps, len(gates)).to(self._scores.device)
+            noise = kinds.step_noise(self.config, self.steps, len(gates)).to(self._scores.device)
             torch._foreach_copy_([g.noise for g in gates], list(noise.split(1)))
 
     # ---- freeze -------------------------------------------------------------------------------------------------
@@ -267,11 +264,11 @@ class GateController:
             mask = self.scores >= self.config.tau
         else:
             towers, counts = zip(*self._counts, strict=True)
-            mask = maths.select_open(self._ranking(), list(towers), list(counts))
+            mask = kinds.select_open(self._ranking(), list(towers), list(counts))
         self._close(mask)
         if rewind:
             for name in self._open_modules:  # as LoRA starts: B = 0; A stays as it is
-                seam.reset(self._layers[name], self.adapter_name)
+                lora_layers.reset(self._layers[name], self.adapter_name)
             self._optimizers.restart()
         if self.degenerate:
             logger.warning(self.degenerate)
@@ -280,7 +277,7 @@ class GateController:
         if self.config.criterion == "score":
             return self.scores
         norms = [
-            math.sqrt(sum(seam.update_norm(self._layers[m], self.adapter_name) for m in members))
+            math.sqrt(sum(lora_layers.update_norm(self._layers[m], self.adapter_name) for m in members))
             for members in self.blocks.values()
         ]
         return torch.tensor(norms, dtype=torch.float64)
@@ -318,7 +315,7 @@ class GateController:
             )
         self.freeze()
         if not self._open.any():
-            seam.uninstall(self._layers[next(iter(self._layers))], self.adapter_name)
+            lora_layers.uninstall(self._layers[next(iter(self._layers))], self.adapter_name)
         del self.model.save_pretrained, self.model.push_to_hub
         delattr(self.model, CONTROLLER)
         return self.model
@@ -342,7 +339,7 @@ class GateController:
 
     def whole_adapters(self) -> dict[str, Tensor]:
         """Weights of all adapters by their name in the model, gathered from all processes. Collective."""
-        weights = {n: t for n, t in self.model.state_dict(keep_vars=True).items() if seam.is_adapter_key(n)}
+        weights = {n: t for n, t in self.model.state_dict(keep_vars=True).items() if lora_layers.is_adapter_key(n)}
         return dict(zip(weights, sharding.read(list(weights.values())), strict=True))
 
     def save_pretrained(
@@ -384,6 +381,9 @@ class GateController:
             results=self.results,
             **kwargs,
         )
+        from ..card.write import refresh_card  # late: training needs no cards until it saves
+
+        refresh_card(directory)
 
     def push_to_hub(self, repo_id: str, *, commit_message: str | None = None, **kwargs) -> str | None:
         """`PeftModel.push_to_hub` of the gated model: its folder as `save_pretrained` writes it, with our model card.
@@ -396,6 +396,8 @@ class GateController:
         Returns:
             The URL of the repository; None on the other processes.
         """
+        from ..card.push import PushError, push_adapter
+
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, selected_adapters=[self.adapter_name])
             if not PartialState().is_main_process:
@@ -440,7 +442,9 @@ class GateController:
         if self.frozen:
             return [], []
         layers = self._layers.values()
-        return self.score_parameters(), [p for layer in layers for p in seam.lora_parameters(layer, self.adapter_name)]
+        return self.score_parameters(), [
+            p for layer in layers for p in lora_layers.lora_parameters(layer, self.adapter_name)
+        ]
 
     # ---- state and summary --------------------------------------------------------------------------------------
 
@@ -507,7 +511,7 @@ class GateController:
             "base_fingerprint": self._fingerprint,
             "lora": {k: getattr(lora, k) for k in ("r", "lora_alpha", "lora_dropout", "use_rslora")},
             "config": self.config.to_dict(),
-            "phase": maths.phase(self.progress, self.frozen, self.config),
+            "phase": kinds.phase(self.progress, self.frozen, self.config),
             "progress": self.progress,
             "steps": self.steps,
             "total_steps": self.total_steps,

@@ -1,4 +1,4 @@
-"""Writing stock adapters, with their cards: of a gated model, of a checkpoint, and between base and adapter."""
+"""Writing stock adapters: of a gated model, of a checkpoint, and between base and adapter."""
 
 import filecmp
 import json
@@ -13,12 +13,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Modu
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import layer as seam
+from ..gates import lora_layers
+from ..records import CARD, FRONTIER, GATE_MAP, RESULTS_FILE, STATE_FILE, SUMMARY_FILE, write_results
 from .checkpoint import RAW
-from .evaluation.results import RESULTS_FILE, write_results
-from .files import STATE_FILE, SUMMARY_FILE, read_adapter, read_rows, read_summary, replace_files
-from .hub.card import refresh_card
-from .hub.content import CARD, FRONTIER, GATE_MAP
+from .files import read_adapter, read_rows, read_summary, replace_files
 
 MODEL_CONFIG = "config.json"
 
@@ -34,7 +32,7 @@ def write_adapter(
     results: list[dict] | None = None,
     **kwargs,
 ) -> None:
-    """Write a stock PEFT adapter with each gate's value folded into its blocks' B, and its model card.
+    """Write a stock PEFT adapter with each gate's value folded into its blocks' B. Its card is for the caller to write.
 
     Each file is written under a temporary name and then renamed. The adapter's files lie in `directory` itself,
     whatever the adapter is called, so that `PeftModel.from_pretrained(base, directory)` finds them.
@@ -49,7 +47,7 @@ def write_adapter(
     weights = dict(model.state_dict() if state_dict is None else state_dict)
     state = dict(state)
     for name, factor in factors.items():
-        key = seam.b_key(name, adapter_name)
+        key = lora_layers.b_key(name, adapter_name)
         if factor != 1.0 and key in weights:
             state[RAW + key] = weights[key].detach().cpu().contiguous()
             weights[key] = weights[key] * factor
@@ -70,7 +68,6 @@ def write_adapter(
         (temporary / CARD).unlink(missing_ok=True)  # PEFT's, with placeholders
 
     replace_files(directory, write, stale)
-    refresh_card(directory)
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -120,7 +117,7 @@ def check_scalable(config: dict, source: str) -> None:
         f"init_lora_weights={config.get('init_lora_weights')!r} changed the base weights": config.get(
             "init_lora_weights", True
         )
-        not in seam.PLAIN_INITS,
+        not in lora_layers.PLAIN_INITS,
     }
     found = [reason for reason, holds in reasons.items() if holds]
     if found:
@@ -153,7 +150,7 @@ def scale_adapter(
         if "lora_B" in key or "lora_embedding_B" in key:
             weights[key] = value * scale
         elif "lora_" not in key:
-            name = key.removeprefix(seam.PREFIX)
+            name = key.removeprefix(lora_layers.PREFIX)
             if name not in heads or heads[name].shape != value.shape:
                 raise ValueError(
                     f"{directory} also has {name} of shape {tuple(value.shape)}: pass the base model whose head it "
@@ -186,12 +183,12 @@ def fold_checkpoint(directory: str | os.PathLike, output: str | os.PathLike) -> 
     summary = read_summary(directory)
     if summary is None:
         raise ValueError(f"{directory} was not written by gated LoRA (no {SUMMARY_FILE}): there is nothing to fold.")
-    adapted = list(dict.fromkeys(filter(None, map(seam.module_of_key, weights))))
+    adapted = list(dict.fromkeys(filter(None, map(lora_layers.module_of_key, weights))))
     closed = {module for block in summary["blocks"] if block["gate"] == 0 for module in block["modules"]}
     kept = [name for name in adapted if name not in closed] or adapted[:1]
-    weights = {key: value for key, value in weights.items() if seam.module_of_key(key) in (None, *kept)}
+    weights = {key: value for key, value in weights.items() if lora_layers.module_of_key(key) in (None, *kept)}
     if len(kept) < len(adapted):
-        config |= seam.exact_targets(kept, adapted, config)
+        config |= lora_layers.exact_targets(kept, adapted, config)
     write_stock(output, config, weights, summary, read_rows(directory))
 
 
@@ -202,7 +199,7 @@ def write_stock(
     summary: dict | None = None,
     rows: list[dict] | None = None,
 ) -> None:
-    """Write a stock adapter and its model card; `gates.json` and `results.jsonl` where there are contents for them.
+    """Write a stock adapter; `gates.json` and `results.jsonl` where there are contents for them.
 
     Raises:
         ValueError: where `output` holds a model, on top of which transformers would load the adapter.
@@ -219,7 +216,6 @@ def write_stock(
             write_results(rows, folder / RESULTS_FILE)
 
     replace_files(output, write, {STATE_FILE, SUMMARY_FILE, WEIGHTS_NAME, RESULTS_FILE, GATE_MAP, FRONTIER})
-    refresh_card(output)
 
 
 def _check_other(directory: Path, output: Path) -> None:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
 
-from .files import STATE_FILE, SUMMARY_FILE
+from ..records import STATE_FILE, SUMMARY_FILE
 
 RAW = "raw."  # prefix in the state file of weights as trained, where folding changed them
 

@@ -1,9 +1,9 @@
 """Figures of a run. Imports matplotlib only when one is drawn."""
 
 import os
-from pathlib import Path
 
-from ..inspection import grids
+from ..adapters.inspection import grids
+from ..records import primary, replacing
 
 
 def gate_map(summary: dict, path: str | os.PathLike) -> None:
@@ -66,8 +66,6 @@ def frontier(rows: list[dict], path: str | os.PathLike) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from ..evaluation.suite import primary
-
     found: dict[str, dict[float, dict[int, list[dict]]]] = {}
     for row in rows:
         if row["role"] != "cost":
@@ -101,7 +99,5 @@ def frontier(rows: list[dict], path: str | os.PathLike) -> None:
 
 def save(figure, path: str | os.PathLike) -> None:
     """Write a figure under a temporary name, then rename it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.tmp.png")
-    figure.savefig(temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary)

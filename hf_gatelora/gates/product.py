@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .gates import binarize
+from .kinds import binarize
 
 
 class AddGated(torch.autograd.Function):

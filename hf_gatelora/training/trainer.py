@@ -8,14 +8,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments
 
+from ..adapters.checkpoint import adapter_folder, last_complete_checkpoint
+from ..config import GateConfig
+from ..gates.lora_layers import check_targets, refuse_injected
+from ..gates.targets import without_heads
 from .attach import attach_gates
 from .callbacks import GateAnnealingCallback, separate_scores
-from .checkpoint import adapter_folder, last_complete_checkpoint
-from .config import GateConfig
 from .controller import CONTROLLER
-from .hub.trainer import HubTrainer
-from .layer import check_targets, refuse_injected
-from .targets import without_heads
+from .hub import HubTrainer
 
 
 @dataclass

@@ -14,11 +14,11 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
-from ..checkpoint import adapter_folder
-from ..engines import EngineTrainer
-from .card import is_generated, write_card
-from .content import CARD
-from .push import PushError, adapter_files, reason, upload
+from ..adapters.checkpoint import adapter_folder
+from ..card.push import PushError, adapter_files, reason, upload
+from ..card.write import is_generated, write_card
+from ..records import CARD
+from .engines import EngineTrainer
 
 logger = logging.getLogger(__name__)
 

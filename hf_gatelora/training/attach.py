@@ -4,10 +4,10 @@ import logging
 
 from peft import PeftModel
 
-from . import layer as seam
-from .config import GateConfig
+from ..config import GateConfig
+from ..gates import lora_layers
+from ..gates.targets import outside_of_layers
 from .controller import CONTROLLER, GateController
-from .targets import outside_of_layers
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def attach_gates(
             matches nothing or several, or the model has gates already.
     """
     if not isinstance(peft_model, PeftModel):
-        seam.refuse_injected(peft_model)
+        lora_layers.refuse_injected(peft_model)
         raise TypeError(
             f"attach_gates needs a PeftModel, found {type(peft_model).__name__}. Make one with "
             "peft.get_peft_model(model, LoraConfig(...)), and attach the gates before accelerator.prepare."
@@ -47,8 +47,8 @@ def attach_gates(
             f"The model has gates already, on adapter {attached!r}: use that GateController. To gate another adapter, "
             "first call its fold(), which freezes these gates and leaves stock LoRA."
         )
-    layers = seam.lora_layers(peft_model, adapter_name)
-    seam.check_targets(peft_model, peft_model.peft_config[adapter_name])
+    layers = lora_layers.lora_layers(peft_model, adapter_name)
+    lora_layers.check_targets(peft_model, peft_model.peft_config[adapter_name])
     outside = outside_of_layers(peft_model, list(layers))
     if outside:
         logger.warning(

@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .layer import base_layer, describe_linear_layers
+from .lora_layers import base_layer, describe_linear_layers
 
 
 def lora_targets(model: nn.Module) -> list[str]:

@@ -1,0 +1,1 @@
+"""Adapters as files, and the base models that they belong to."""

@@ -1,0 +1,1 @@
+"""What is published of an adapter: its card, tables and pictures."""

@@ -1,0 +1,139 @@
+"""Writing the model card of an adapter folder, and telling a card of ours from one that somebody wrote."""
+
+import hashlib
+import logging
+import os
+import re
+from pathlib import Path
+
+import yaml
+from huggingface_hub import HfApi, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from ..records import CARD, EVAL_RESULTS, FRONTIER, GATE_MAP, write_text
+from .contents import AdapterCard, hub_id
+from .plots import frontier, gate_map
+from .tables import scales_table
+
+logger = logging.getLogger(__name__)
+
+MARK = re.compile(r"\n<!-- written by hf_gatelora \(([0-9a-f]{16})\);[^>]*-->\s*\Z")
+MARK_TEXT = "\n<!-- written by hf_gatelora ({}); once you edit this card it is kept as you left it -->\n"
+# What an unedited card of transformers says: at a push of a model, and by Trainer.
+TRANSFORMERS_CARD = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+    "automatically generated."
+)
+TRAINERS_CARD = "<!-- This model card has been generated automatically according to the information the Trainer"
+
+
+def write_card(
+    directory: str | os.PathLike,
+    base: str | None = None,
+    *,
+    license: str | None = None,
+    language: str | list[str] | None = None,
+    datasets: list[str] | None = None,
+    tags: list[str] | None = None,
+    repo_id: str | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Write an adapter folder's `README.md`, its pictures and `.eval_results/`, from the files that lie there.
+
+    A card that was written or edited by hand is left as it is; the pictures beside it are drawn anew. What an earlier
+    card says of base model, license, language, data sets and tags holds on where it is not given.
+
+    Args:
+        directory: a LoRA adapter's folder, with `gates.json` and `results.jsonl` where there are some.
+        base: Hub id of the base model, where the adapter was trained on a local copy of it.
+        license: of the adapter; default: that of the base model, where it can be looked up.
+        language, datasets, tags: more metadata.
+        repo_id, revision: where the adapter is or will be on the Hub, for the code that loads it.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        ValueError: where the folder holds no adapter, or a file in it cannot be read.
+    """
+    directory = Path(directory)
+    given = {"base": hub_id(base), "license": license, "language": language, "datasets": datasets, "tags": tags}
+    given |= {"repo_id": repo_id, "revision": revision}
+    before = _read_text(directory / CARD)
+    if before and MARK.search(before) and is_generated(before):
+        said = ModelCard(before, ignore_metadata_errors=True).data
+        known = {"base": said.base_model, "license": said.license, "language": said.language, "datasets": said.datasets}
+        known["tags"] = [tag for tag in said.tags or [] if not tag.startswith("base_model:")]
+        if AdapterCard.read(directory).base in (None, said.base_model):  # else it was trained anew, on another base
+            given = known | {key: value for key, value in given.items() if value is not None}
+    card = AdapterCard.read(directory, **given)
+    if card.summary.get("blocks"):
+        gate_map(card.summary, directory / GATE_MAP)
+        card.pictures.add(GATE_MAP)
+    if scales_table(card.rows):
+        frontier(card.rows, directory / FRONTIER)
+        card.pictures.add(FRONTIER)
+    if card.eval_entries:
+        (directory / EVAL_RESULTS).parent.mkdir(exist_ok=True)
+        write_text(yaml.safe_dump(eval_result_entries_to_yaml(card.eval_entries)), directory / EVAL_RESULTS)
+    else:
+        (directory / EVAL_RESULTS).unlink(missing_ok=True)
+    if card.license is None:
+        card.license = _license_of(card.base or card.config.get("base_model_name_or_path"))
+    _write_unless_edited(directory / CARD, card, before)
+    return directory / CARD
+
+
+def refresh_card(directory: str | os.PathLike) -> None:
+    """Write the card of a folder that an adapter was saved to: without the network, and without drawing.
+
+    What fails it logs: a card is no reason to lose a checkpoint.
+    """
+    directory = Path(directory)
+    try:
+        _write_unless_edited(directory / CARD, AdapterCard.read(directory), _read_text(directory / CARD))
+    except Exception as error:
+        logger.warning(f"The adapter is saved, but without a new model card: {error}")
+
+
+def is_generated(text: str) -> bool:
+    """Whether a card is one of ours, or a placeholder of PEFT, transformers or the Hub, that nobody has edited."""
+    mark = MARK.search(text)
+    if mark:
+        return _digest(text[: mark.start()]) == mark.group(1)
+    body = REGEX_YAML_BLOCK.sub("", text).strip()
+    if not body or body.startswith(TRAINERS_CARD):
+        return True
+    body = re.sub(r"\n### Framework versions\s+- PEFT \S+\s*\Z", "", body)
+    placeholders = ({}, {"model_description": TRANSFORMERS_CARD})
+    return body.strip() in {ModelCard.from_template(ModelCardData(), **known).text.strip() for known in placeholders}
+
+
+def _license_of(base: str | None) -> str | None:
+    if base is None:
+        return None
+    try:
+        if hub_id(base) is None:
+            text = _read_text(Path(base) / CARD)
+            return ModelCard(text, ignore_metadata_errors=True).data.license if text else None
+        data = HfApi().model_info(base, timeout=10).card_data
+    except (OSError, ValueError, HTTPError):
+        return None  # not to be looked up here and now: the card says that it is not stated
+    return data.license if data else None
+
+
+def _write_unless_edited(path: Path, card: AdapterCard, before: str | None) -> None:
+    if before is None or is_generated(before):
+        text = card.render()
+        write_text(text + MARK_TEXT.format(_digest(text)), path)
+    elif before is not None:
+        logger.warning(f"{path} was written or edited by hand and stays as it is. Remove it to get a new card.")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+
+
+def _read_text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None

@@ -1,0 +1,1 @@
+"""What a gate is and does to a model."""

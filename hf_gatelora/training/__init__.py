@@ -1,0 +1,1 @@
+"""Training with gates: the controller, Trainer, engines, callbacks and loops."""
