@@ -3,8 +3,10 @@
 import math
 import re
 from dataclasses import asdict, dataclass
+from typing import Literal, get_args
 
-KINDS = ("straight_through", "sigmoid", "hard_concrete")
+Kind = Literal["straight_through", "sigmoid", "hard_concrete"]
+KINDS = get_args(Kind)
 GRANULARITIES = ("module", "layer")
 COSTS = ("uniform", "parameters", "compute")
 CRITERIA = ("score", "norm")
@@ -44,7 +46,7 @@ class GateConfig:
         ValueError: where a value is out of its range, or two of them contradict each other.
     """
 
-    kind: str = "straight_through"
+    kind: Kind = "straight_through"
     target_active: float | dict[str, float] | None = 0.05
     lambda_: float | None = None
     tau: float = 0.1

@@ -20,6 +20,7 @@ from hf_gatelora.evaluation.suite import ClassifierSuite, EvalSet
 from hf_gatelora.evaluation.zero_shot import image_features
 from hf_gatelora.records import ROLES
 from hf_gatelora.training.engines import without_embedding_units
+from hf_gatelora.training.saving import is_partitioned
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))
 from train_clip import contrastive_loss
@@ -82,7 +83,7 @@ def train_and_resume(output: Path) -> None:
             "world": trainer.args.world_size,
             "engine": str(trainer.accelerator.distributed_type).removeprefix("DistributedType."),
             "zero_stage": getattr(trainer.accelerator.state.deepspeed_plugin, "zero_stage", 0),
-            "sharded": trainer.gates.sharded,
+            "sharded": is_partitioned(trainer.model),
             "scores": trainer.gates.scores.tolist(),
             "open": trainer.gates.open_mask.tolist(),
             "outputs": outputs.outputs,

@@ -218,7 +218,7 @@ def test_forgotten_lines_of_an_accelerate_loop_are_said(tmp_path, caplog):
     gates.save_folded(tmp_path)
     assert "not frozen yet: this adapter holds all 12 blocks (step was called 0 times" in caplog.text
     gates.step(0.5)
-    assert "No loss held the gates' penalty" in caplog.text
+    assert "No loss contained the gates' penalty" in caplog.text
 
 
 def test_stock_training_arguments_take_the_defaults(family, tmp_path):

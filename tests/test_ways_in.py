@@ -333,7 +333,7 @@ def test_trl(tmp_path, stock_peft):
     tuned = {"arguments": sft, "data": Dataset.from_list(rows), "processing_class": tokenizer}
     trainer, gates = train(trl.SFTTrainer, **tuned)
     assert gates.open_mask.sum() == 4
-    assert gates.penalties == 4, "one per step until the freeze"
+    assert gates.penalty_count == 4, "one per step until the freeze"
     stock = TrainingArguments(str(tmp_path), lr_scheduler_type=sft.lr_scheduler_type, **settings)
     _, expected = train(Trainer, stock, [{**row, "labels": row["input_ids"]} for row in rows])
     torch.testing.assert_close(gates.scores, expected.scores, atol=1e-5, rtol=0)

@@ -13,8 +13,7 @@ from peft import LoraConfig, get_peft_model
 
 from ..config import GateConfig
 from ..gates import lora_layers
-from ..gates.blocks import find_towers, open_counts
-from ..gates.kinds import smallest_fraction
+from ..gates.blocks import find_towers, open_counts, smallest_fraction
 from ..gates.targets import linear_layers, lora_targets, outside_of_layers, without_heads
 from ..records import PACKAGES, package_versions
 from .bases import empty_model, load_config, quiet

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from ..gates import sharding
+from ..gates import engines
 from ..records import ROLES
 from .backbone import backbone_features
 from .classification import accuracy, expected_calibration_error
@@ -190,4 +190,4 @@ def _accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 def _logit_scale(model: nn.Module) -> Tensor:
     found = next(value for name, value in model.named_parameters() if name.endswith("logit_scale"))
-    return sharding.read([found])[0].float().cpu().reshape(()).exp()
+    return engines.read([found])[0].float().cpu().reshape(()).exp()

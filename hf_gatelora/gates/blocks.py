@@ -1,12 +1,14 @@
 """What the gates stand for: how LoRA modules form blocks, blocks form towers, and what an open block costs."""
 
+import math
 import re
 
+import torch
 from peft import PeftModel
+from torch import Tensor
 
 from ..config import GateConfig
 from . import lora_layers
-from .kinds import open_count
 
 
 def group_modules(model: PeftModel, modules: list[str], config: GateConfig) -> dict[str, list[str]]:
@@ -50,6 +52,35 @@ def open_counts(towers: dict[str, list[int]], count: int, config: GateConfig) ->
             for tower, members in towers.items()
         ]
     return [(list(range(count)), open_count(target, count))]
+
+
+def open_count(fraction: float, blocks: int, what: str = "target_active") -> int:
+    """Gates that stay open: round(fraction * blocks).
+
+    Raises:
+        ValueError: if a positive fraction rounds to no gate at all.
+    """
+    count = round(fraction * blocks)
+    if fraction > 0 and count == 0:
+        raise ValueError(
+            f"{what}={fraction:g} of {blocks} gates rounds to 0 open gates. The smallest fraction that keeps one "
+            f"open is {smallest_fraction(blocks):g}; 0.0 closes all of them on purpose."
+        )
+    return count
+
+
+def smallest_fraction(blocks: int) -> float:
+    """The smallest fraction, to six digits, that keeps one gate open."""
+    return math.floor(0.5 / blocks * 1e6 + 1) / 1e6
+
+
+def select_open(values: Tensor, towers: list[list[int]], counts: list[int]) -> Tensor:
+    """Boolean mask of the `counts[t]` best of each tower's `values`, ties broken by block order. Shape of `values`."""
+    mask = torch.zeros(values.shape, dtype=torch.bool)
+    for members, count in zip(towers, counts, strict=True):
+        best = sorted(members, key=lambda i: (-values[i].item(), i))[:count]
+        mask[best] = True
+    return mask
 
 
 def gate_costs(

@@ -3,7 +3,7 @@
 from peft import PeftModel
 from torch import Tensor, nn
 
-from . import lora_layers, sharding
+from . import engines, lora_layers
 
 
 def check_freezable(model: PeftModel, layers: dict) -> None:
@@ -23,7 +23,7 @@ def refuse_strict_ddp(model: PeftModel) -> None:
     Raises:
         RuntimeError: saying how to allow parameters without one.
     """
-    if sharding.strict_ddp_wrapper(model) is not None:
+    if engines.strict_ddp_wrapper(model) is not None:
         raise RuntimeError(
             "Gates cannot freeze here: DistributedDataParallel would fail at the step after, because closed "
             "blocks get no gradient. Pass Accelerator(kwargs_handlers=[DistributedDataParallelKwargs("

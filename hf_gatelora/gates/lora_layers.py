@@ -10,17 +10,16 @@ import re
 from collections import Counter
 
 import torch
+import torch.utils._python_dispatch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import LoraVariant, _ConvNd
+from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from . import sharding
+from . import engines
 from .kinds import Gate
 from .product import AddGated
 
@@ -53,10 +52,19 @@ PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 GATEABLE = {"layer.Linear", "layer.Conv1d", "layer.Conv2d", "layer.Conv3d", "bnb.Linear8bitLt", "bnb.Linear4bit"}
 
 
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+# What the fused path has to know and no public name tells. If a version of torch lacks one of them, nothing is fused:
+# the plain path computes the same.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS = getattr(torch.nn.modules.module, "_has_any_global_hook", None)
+TRANSFORMS = getattr(torch._C, "_are_functorch_transforms_active", None)
+DISPATCH_MODES = getattr(torch.utils._python_dispatch, "_get_current_dispatch_mode_stack", None)
+
+
 def _is_hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its own forward."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in module.__dict__
+    return any(getattr(module, name, True) for name in HOOKS) or "forward" in module.__dict__
 
 
 def _is_plain(linear: nn.Module) -> bool:
@@ -66,13 +74,15 @@ def _is_plain(linear: nn.Module) -> bool:
 
 def _is_watched() -> bool:
     """Whether operations count one by one here, so that none may be fused or write over what another returned."""
-    # Compilers fuse by themselves; tracing, function transforms and forward-mode AD take no writing over.
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    # Compilers fuse by themselves; tracing, function transforms and forward-mode AD allow no writing over.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    if forward_ad._current_level >= 0 or _has_any_global_hook():
+    if GLOBAL_HOOKS is None or TRANSFORMS is None or DISPATCH_MODES is None:
+        return True
+    if TRANSFORMS() or getattr(forward_ad, "_current_level", 0) >= 0 or GLOBAL_HOOKS():
         return True
     # Selective activation checkpointing keeps what operations returned, and gives it out again in the backward.
-    classes = (parent for mode in _get_current_dispatch_mode_stack() for parent in type(mode).__mro__)
+    classes = (parent for mode in DISPATCH_MODES() for parent in type(mode).__mro__)
     return any(parent.__module__ == "torch.utils.checkpoint" for parent in classes)
 
 
@@ -88,6 +98,7 @@ class GatedLora(LoraVariant):
 
     def __init__(self, gate: Gate | None):
         self.gate = gate
+        self._merged: Tensor | float = 0.0  # the gate value that was merged: unmerging must take away the same
 
     def forward(self, module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **kwargs) -> Tensor:
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
@@ -95,11 +106,11 @@ class GatedLora(LoraVariant):
         if self.gate is None:
             return result + up(down(x) * 0.0)
         if self._may_overwrite(module, down, up, x, result):
-            dtype, gate, tau = result.dtype, self.gate, None
-            if gate.config.kind == "straight_through" and gate.score.dtype == torch.float32 and not _is_hooked(gate):
-                gate, tau = gate.score, gate.config.tau
+            dtype, tau = result.dtype, self.gate.kind.threshold
+            if tau is not None and self.gate.score.dtype == torch.float32 and not _is_hooked(self.gate):
+                gate = self.gate.score
             else:
-                gate = gate(noisy=module.training)
+                gate, tau = self.gate(noisy=module.training), None
             return AddGated.apply(result, x.to(dtype), down.weight.to(dtype), up.weight.to(dtype), gate, tau, scaling)
         hidden = down(x)
         return result + up(hidden * (self.gate(noisy=module.training) * scaling).to(hidden.dtype))
@@ -114,26 +125,18 @@ class GatedLora(LoraVariant):
         same = result.dtype == x.dtype or result.dtype == _autocast_dtype(x)
         return plain and same and x.device == result.device
 
-    def _delta(self, module: LoraLayer, adapter: str, weight: Tensor, gate: Tensor | float) -> Tensor:
-        return (module.get_delta_weight(adapter).detach() * gate).to(weight.dtype)
-
-    def _merge_value(self, module: LoraLayer, adapter: str) -> Tensor | float:
-        value = 0.0 if self.gate is None else self.gate().detach()
-        # Unmerging must take away what was added, whatever became of the gate in between.
-        module._cache_store(f"{adapter}-merged-gate", value)
-        return value
+    def _delta(self, module: LoraLayer, adapter: str, weight: Tensor) -> Tensor:
+        return (module.get_delta_weight(adapter).detach() * self._merged).to(weight.dtype)
 
     def merge_safe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        value = self._merge_value(module, active_adapter)
-        return orig_weight + self._delta(module, active_adapter, orig_weight, value)
+        self._merged = 0.0 if self.gate is None else self.gate().detach()
+        return orig_weight + self._delta(module, active_adapter, orig_weight)
 
     def merge_unsafe(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
-        value = self._merge_value(module, active_adapter)
-        orig_weight.data += self._delta(module, active_adapter, orig_weight, value)
+        orig_weight.data.copy_(self.merge_safe(module, active_adapter, orig_weight))
 
     def unmerge(self, module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        value = module._cache_pop(f"{active_adapter}-merged-gate")
-        return orig_weight - self._delta(module, active_adapter, orig_weight, value)
+        return orig_weight - self._delta(module, active_adapter, orig_weight)
 
 
 def base_layer(module: nn.Module) -> nn.Module:
@@ -326,21 +329,21 @@ def lora_parameters(layer: LoraLayer, adapter: str) -> list[nn.Parameter]:
 def reset(layer: LoraLayer, adapter: str) -> None:
     """Make one adapter of a LoRA layer add nothing, as LoRA starts: B = 0. Collective where it is partitioned."""
     parameters = list(layer.lora_B[adapter].parameters())
-    sharding.write(parameters, [torch.zeros(sharding.whole_shape(p)) for p in parameters])
+    engines.write(parameters, [torch.zeros(engines.whole_shape(p)) for p in parameters])
 
 
 @torch.no_grad()
 def update_norm(layer: LoraLayer, adapter: str) -> float:
     """Squared Frobenius norm of (alpha / r) B A, through the r x r Gram matrices."""
-    a, b = (p.flatten(1).double() for p in sharding.read(lora_parameters(layer, adapter)))
+    a, b = (p.flatten(1).double() for p in engines.read(lora_parameters(layer, adapter)))
     return (layer.scaling[adapter] ** 2 * ((b.T @ b) * (a @ a.T)).sum()).item()
 
 
 def multiplications(layer: LoraLayer, adapter: str) -> tuple[int, int]:
     """Multiplications per token of the adapter and of the base layer."""
-    own = sum(sharding.whole_shape(p).numel() for p in lora_parameters(layer, adapter))
-    if isinstance(layer, _ConvNd):
-        return own, sharding.whole_shape(layer.get_base_layer().weight).numel()
+    own = sum(engines.whole_shape(p).numel() for p in lora_parameters(layer, adapter))
+    if isinstance(layer.get_base_layer(), CONVS):
+        return own, engines.whole_shape(layer.get_base_layer().weight).numel()
     return own, layer.in_features * layer.out_features  # weights of 4 bit are packed
 
 
@@ -353,7 +356,7 @@ def fingerprint(layers: dict[str, LoraLayer]) -> str:
     """Hash of the shapes and first values of the layers' base weights: tells one base model from another."""
     digest = hashlib.sha256()
     for name, layer in layers.items():
-        (weight,) = sharding.read([layer.get_base_layer().weight])
+        (weight,) = engines.read([layer.get_base_layer().weight])
         head = weight.flatten()[:64]
         head = [] if head.is_meta else head.float().cpu().tolist()
         digest.update(repr((name, tuple(weight.shape), [f"{value:.5g}" for value in head])).encode())
@@ -383,7 +386,7 @@ def narrow_targets(model: PeftModel, adapter: str, names: list[str]) -> None:
     every = [
         name.removeprefix(PREFIX)
         for name, module in model.named_modules()
-        if isinstance(module, (LoraLayer, nn.Linear, nn.modules.conv._ConvNd)) and ".base_layer" not in name
+        if isinstance(module, (LoraLayer, nn.Linear, *CONVS)) and ".base_layer" not in name
     ]
     for field, value in exact_targets(names, every, vars(config)).items():
         setattr(config, field, value)

@@ -1,4 +1,4 @@
-"""The optimizers that update a model's blocks: known from their first step on, so that the freeze reaches them."""
+"""The optimizers that update a model's blocks, known from their first step on, so that the freeze reaches them."""
 
 import logging
 import weakref
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import sharding
+from .engines import engine_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Optimizers:
     """The optimizers that update the scores or the LoRA weights of a model's blocks.
 
     Args:
-        parameters: called for the scores and the LoRA weights as they are at that moment; no scores: they are frozen.
+        parameters: returns the current scores and LoRA weights; no scores once the gates are frozen.
     """
 
     def __init__(self, parameters: Callable[[], tuple[list[nn.Parameter], list[nn.Parameter]]]):
@@ -41,11 +41,11 @@ class Optimizers:
         return filter(None, [known() for known in self._known])
 
     def watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take an optimizer in, where it updates the blocks; its first step does so as well."""
+        """Register an optimizer if it updates the blocks; its first step does so as well."""
         if any(known is optimizer for known in self):
             return
         scores, weights = self._parameters()
-        if scores and sharding.updates(optimizer, [*scores, *weights]):
+        if scores and engine_of(scores[0]).updates(optimizer, [*scores, *weights]):
             self._known.append(weakref.ref(optimizer))
             for group in optimizer.param_groups:
                 if group.get("weight_decay") and any(p is scores[0] for p in group["params"]):
@@ -55,7 +55,7 @@ class Optimizers:
                     )
 
     def forget(self, parameters: list[nn.Parameter]) -> None:
-        """Train parameters no more: their gradients and the optimizers' state of them go."""
+        """Stop training these parameters, and drop their gradients and optimizer state."""
         gone = {id(p) for p in parameters}
         for parameter in parameters:
             parameter.grad = None
@@ -68,7 +68,7 @@ class Optimizers:
                 optimizer.state.pop(parameter, None)
 
     def restart(self) -> None:
-        """Bring the optimizers back to before their first step."""
+        """Reset the optimizers to before their first step."""
         for optimizer in self:
             _restart(optimizer)
 
@@ -86,10 +86,10 @@ ZERO_STATE = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "mom
 
 @torch.no_grad()
 def _restart(optimizer: torch.optim.Optimizer) -> None:
-    """Bring an optimizer back to before its first step: Adam's and SGD's state in place, which ZeRO holds on to."""
+    """Reset an optimizer to before its first step: Adam's and SGD's state in place, because ZeRO keeps references."""
     for state in optimizer.state.values():
         if not set(state) <= ZERO_STATE:
-            state.clear()  # made anew at the next step
+            state.clear()  # the next step makes it again
         for name, value in state.items():
             if isinstance(value, Tensor):
                 value.zero_()

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..config import GateConfig
-from .kinds import penalty_terms, search_progress
+from .kinds import GateKind
+from .schedule import search_progress
 
 # The penalty rises linearly over this first part of the search.
 RAMP = 0.25
@@ -46,12 +47,12 @@ class Penalty:
 
     def __init__(
         self,
-        config: GateConfig,
+        kind: GateKind,
         costs: list[float],
         towers: dict[str, list[int]],
         counts: list[tuple[list[int], int]] | None,
     ):
-        self.config = config
+        self._kind, self.config = kind, kind.config
         self._costs = torch.tensor(costs, dtype=torch.float32)
         self._lambda = torch.zeros(len(towers), dtype=torch.float32)
         index = {i: t for t, members in enumerate(towers.values()) for i in members}
@@ -62,7 +63,7 @@ class Penalty:
     def __call__(self, scores: Tensor) -> Tensor:
         """The penalty of the scores, of shape (N,): a scalar with gradient to them."""
         self._follow(scores.device)
-        terms = penalty_terms(scores, self.config)
+        terms = self._kind.penalty_term(scores)
         return (self._lambda[self._tower_of] * self._costs * terms).sum() / self._costs.sum()
 
     def steer(self, scores: Tensor, progress: float) -> None:

@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .lora_layers import base_layer, describe_linear_layers
+from .lora_layers import CONVS, base_layer, describe_linear_layers
 
 
 def lora_targets(model: nn.Module) -> list[str]:
@@ -76,7 +76,7 @@ def linear_layers(model: nn.Module) -> dict[str, bool]:
 
 
 def _is_conv(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd)
+    return isinstance(module, CONVS)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from accelerate.state import GradientState
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
 
-from ..gates import sharding
+from ..gates.engines import engine_of
 from ..records import not_default
 from .controller import GateController
 
@@ -42,7 +42,7 @@ class GateAnnealingCallback(TrainerCallback):
         if not isinstance(gates, GateController):
             raise TypeError(f"GateAnnealingCallback needs what attach_gates returns, found {type(gates).__name__}.")
         self.gates = gates
-        self._penalties = gates.penalties
+        self._penalties = gates.penalty_count
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         gates = self.gates
@@ -51,14 +51,7 @@ class GateAnnealingCallback(TrainerCallback):
                 f"The gates are at step {gates.steps}, the run at step {state.global_step}. To resume a run use "
                 "GatedLoraTrainer and resume_from_checkpoint; to train anew make a new model with new gates."
             )
-        if gates.steps and gates.total_steps not in (None, state.max_steps):
-            raise ValueError(
-                f"This run was started with max_steps={gates.total_steps} and is resumed with {state.max_steps}: the "
-                "gates' schedule would not be the same. Resume with the same number of steps (epochs, batch size, "
-                "accumulation), or start a new run."
-            )
-        gates.total_steps = state.max_steps
-        gates.arguments = not_default(args)
+        gates.start(state.max_steps, not_default(args))
         self._fp16 = args.fp16
         check_reach(gates, state.max_steps)
         if not gates.frozen and self._separate:
@@ -93,12 +86,12 @@ class GateAnnealingCallback(TrainerCallback):
         return output
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if not self.gates.frozen and self.gates.penalties == self._penalties:
+        if not self.gates.frozen and self.gates.penalty_count == self._penalties:
             raise RuntimeError(
                 "The gates' penalty was not part of this step's loss, so this would train plain LoRA. In your own "
                 "compute_loss call super().compute_loss(...), or add self.penalty(num_items_in_batch) to your loss."
             )
-        self._penalties = self.gates.penalties
+        self._penalties = self.gates.penalty_count
 
     def on_step_end(self, args, state, control, **kwargs):
         was_frozen = self.gates.frozen
@@ -161,9 +154,9 @@ def separate_scores(gates: GateController, optimizer, lr_scheduler) -> None:
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     scores = {id(p) for p in gates.score_parameters()}
-    if any(sharding.is_zero(p) for p in gates.score_parameters()):
-        groups = inner.fp16_groups if hasattr(inner, "fp16_groups") else inner.bit16_groups
-        if not any(group and all(id(p) in scores for p in group) for group in groups):
+    fixed = next((engine for engine in map(engine_of, gates.score_parameters()) if not engine.takes_groups), None)
+    if fixed is not None:
+        if not any(group and all(id(p) in scores for p in group) for group in fixed.groups(inner)):
             raise ValueError(
                 "DeepSpeed's optimizer cannot take the scores' group in afterwards. Use GatedLoraTrainer, or pass "
                 "Trainer(..., optimizers=(torch.optim.AdamW(gates.param_groups(lr=...)), None))."

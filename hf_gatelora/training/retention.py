@@ -92,7 +92,7 @@ class RetentionCallback(TrainerCallback):
         method = "gated" if hasattr(model, CONTROLLER) else "adapter"
         results.extend([{"method": "base", **row} for row in self.base])
         gates = getattr(model, CONTROLLER, None)
-        step = state.global_step if gates is None or gates.weights_step is None else gates.weights_step
+        step = state.global_step if gates is None else gates.weights_step
         known = {"step": step} if gates is None else {"step": step, "frozen": gates.frozen}
         results.extend([{"method": method, **row, **known} for row in rows])
         return results.rows
@@ -102,7 +102,7 @@ class RetentionCallback(TrainerCallback):
         if state.is_world_process_zero:
             write_results(rows, Path(args.output_dir) / self.file)
         if hasattr(model, CONTROLLER):
-            getattr(model, CONTROLLER).results = rows
+            getattr(model, CONTROLLER).record(rows)
 
     def _measure(self, model: nn.Module) -> tuple[list[dict], dict[str, float], dict[str, float]]:
         if not isinstance(model, PeftModel):

@@ -10,8 +10,10 @@ from transformers import TrainingArguments
 
 from ..adapters.checkpoint import adapter_folder, last_complete_checkpoint
 from ..config import GateConfig
+from ..gates.engines import writer_of
 from ..gates.lora_layers import check_targets, refuse_injected
 from ..gates.targets import without_heads
+from . import saving
 from .attach import attach_gates
 from .callbacks import GateAnnealingCallback, separate_scores
 from .controller import CONTROLLER
@@ -238,16 +240,16 @@ class GatedLoraTrainer(HubTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         folder = self._check_resumable(resume_from_checkpoint)
-        if self.is_fsdp_enabled:
+        if self.engine.manages:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             self.gates.watch(self.optimizer)
         else:
             self._load_adapters(resume_from_checkpoint)
-        self.gates.restore(folder, by_engine=self.is_fsdp_enabled)
+        saving.restore(self.gates, folder, engine_loaded=self.engine.manages)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        if self.is_deepspeed_enabled and checkpoint is not None:  # the engine has loaded its weights by now
-            self.gates.restore(self._check_resumable(checkpoint), by_engine=True)
+        if checkpoint is not None and self.engine.loads_in == "_load_optimizer_and_scheduler":
+            saving.restore(self.gates, self._check_resumable(checkpoint), engine_loaded=True)
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _check_resumable(self, checkpoint) -> Path:
@@ -256,9 +258,7 @@ class GatedLoraTrainer(HubTrainer):
                 f"The gates of this trainer are frozen already and cannot go back to {checkpoint}. Resume with a new "
                 "trainer, on a new model."
             )
-        deepspeed = any(Path(checkpoint).glob("global_step*"))
-        written = "DeepSpeed" if deepspeed else "FSDP" if any(Path(checkpoint).glob("*_fsdp*")) else "plain or DDP"
-        here = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP" if self.is_fsdp_enabled else "plain or DDP"
+        written, here = writer_of(Path(checkpoint)).title, self.engine.title
         if written != here:
             raise ValueError(
                 f"{checkpoint} was written by a {written} run, this is a {here} run, which cannot read that one's "
@@ -266,19 +266,19 @@ class GatedLoraTrainer(HubTrainer):
                 "PeftModel.from_pretrained(base_model, checkpoint, is_trainable=True) and train anew."
             )
         folder = adapter_folder(checkpoint, self.gates.adapter_name)
-        self.gates.check_resumable(folder)
+        saving.check_resumable(self.gates, folder)
         return folder
 
     def _load_best_model(self):
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.engine.manages:
             super()._load_best_model()
         else:
             self._load_adapters(self.state.best_model_checkpoint)
-        self.gates.weights_step = self.state.best_global_step
+        self.gates.weights_are_of(self.state.best_global_step)
 
     def _save(self, output_dir=None, state_dict=None):
         # What Trainer gathers holds the whole model, or leaves adapters out that do not train.
-        super()._save(output_dir, self.gates.whole_adapters() if self.gates.sharded else state_dict)
+        super()._save(output_dir, saving.whole_adapters(self.model) or state_dict)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
