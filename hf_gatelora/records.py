@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 RESULTS_FILE, SUMMARY_FILE, STATE_FILE = "results.jsonl", "gates.json", "gatelora_state.safetensors"
+RUN_FILE = "gatelora_run.txt"  # in an output folder: which run was last started there
 CARD, GATE_MAP, FRONTIER = "README.md", "gate_map.png", "frontier.png"
 EVAL_RESULTS = ".eval_results/hf_gatelora.yaml"
 

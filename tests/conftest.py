@@ -55,7 +55,9 @@ def stock_peft():
 
 def make_trainer(family: dict, output_dir, model=None, trainer_class=GatedLoraTrainer, **arguments):
     """A trainer of 16 steps on one of the families; `arguments` go to the training arguments."""
-    own = {k: arguments.pop(k) for k in ("callbacks", "eval_dataset", "compute_metrics") if k in arguments}
+    own = {
+        k: arguments.pop(k) for k in ("callbacks", "eval_dataset", "compute_metrics", "peft_config") if k in arguments
+    }
     settings = {
         "output_dir": str(output_dir),
         "max_steps": 16,
@@ -72,7 +74,7 @@ def make_trainer(family: dict, output_dir, model=None, trainer_class=GatedLoraTr
         "gate_target_active": 0.2,
         "gate_warmup_ratio": 0.25,
     }
-    model = model or family["model"]()
+    model = family["model"]() if model is None else model
     peft_config = own.pop("peft_config", None) or (None if hasattr(model, "peft_config") else lora_config(model))
     return trainer_class(
         model,

@@ -13,13 +13,13 @@ from accelerate.state import DistributedType, PartialState
 from conftest import make_trainer
 from models import FAMILIES, Images, collate, lora_config, outputs_of, prompts
 from peft import get_peft_model
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_gatelora import GateConfig, RetentionCallback, attach_gates
+from hf_gatelora import GateAnnealingCallback, GateConfig, RetentionCallback, attach_gates
 from hf_gatelora.evaluation.suite import ClassifierSuite, EvalSet
 from hf_gatelora.evaluation.zero_shot import image_features
+from hf_gatelora.gates.engines import engine_for, without_embedding_units
 from hf_gatelora.records import ROLES
-from hf_gatelora.training.engines import without_embedding_units
 from hf_gatelora.training.saving import is_partitioned
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))
@@ -99,11 +99,40 @@ def train_and_resume(output: Path) -> None:
             again.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
         write(folder, found)
     write(output / "loop", {"open": own_loop(output / "loop" / "folded")})
+    if not engine_for(Accelerator()).manages:
+        write(output / "stock", {"gradients": stock_trainer(output / "stock")})
     rounded = {"max_steps": 12, "save_strategy": "steps", "save_steps": 4, "bf16": True}
     make(FAMILIES["dinov2"], output / "bf16", **rounded).train()
     for step in (4, 8):
         again = make(FAMILIES["dinov2"], output / "bf16" / f"resumed-{step}", **rounded)
         again.train(resume_from_checkpoint=str(output / "bf16" / f"checkpoint-{step}"))
+
+
+def stock_trainer(folder: Path) -> list[float]:
+    """Sums of the scores' gradients in each step of a stock Trainer, whose model normalises its loss by itself."""
+    sums = []
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            sums.append(sum(p.grad.item() for p in gates.score_parameters()))
+
+    torch.manual_seed(0)
+    base = copy.deepcopy(MODELS["dinov2"])
+    model = get_peft_model(base, lora_config(base))
+    gates = attach_gates(model, GateConfig(target_active=None, lambda_=0.5, warmup_ratio=0.0, freeze_ratio=1.0))
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=6,
+        per_device_train_batch_size=8 // PartialState().num_processes,
+        max_grad_norm=0.0,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    Trainer(model, arguments, train_dataset=Images(), callbacks=[GateAnnealingCallback(gates), Watch()]).train()
+    return sums
 
 
 def contrastive(folder: Path) -> list:

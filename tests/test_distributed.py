@@ -53,6 +53,15 @@ def ranks(folder: Path) -> list[dict]:
     return [json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json"))]
 
 
+def test_penalty_on_a_stock_trainer(ran):
+    """Trainer multiplies a loss that was normalised over all processes by their number, and the penalty with it."""
+    one, two = (ranks(ran(Path(CONFIGS[0].parent, f"{name}.yaml")) / "stock") for name in ("cpu", "multi_cpu"))
+    assert len(two) == 2
+    for process in two:
+        assert process["gradients"] == pytest.approx(one[0]["gradients"], abs=1e-4)
+    assert max(one[0]["gradients"]) > 0.3
+
+
 def test_every_config_has_a_case():
     assert {config.stem for config in CONFIGS} == set(ENGINES)
     for config in CONFIGS:

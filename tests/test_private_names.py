@@ -49,6 +49,8 @@ NAMES = [
     ("transformers", "Trainer._load_optimizer_and_scheduler", "when DeepSpeed has loaded them"),
     ("transformers", "Trainer._load_best_model", "the best model"),
     ("transformers", "Trainer._save", "what is written of a model"),
+    ("transformers", "Trainer._save_checkpoint", "the mark of a complete checkpoint goes first and comes last"),
+    ("transformers", "Trainer._get_output_dir", "where that checkpoint lies"),
     ("transformers", "Trainer._save_rng_state", "the last part of a checkpoint before its state"),
     ("transformers", "Trainer._determine_best_metric", "no evaluation before the freeze is the best"),
     ("transformers", "Trainer._hp_search_setup", "a trial's settings before its model is made"),

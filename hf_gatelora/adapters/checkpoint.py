@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
 
-from ..records import STATE_FILE, SUMMARY_FILE
+from ..records import RUN_FILE, STATE_FILE, SUMMARY_FILE
 
 RAW = "raw."  # prefix in the state file of weights as trained, where folding changed them
 
@@ -82,19 +82,38 @@ def check_same_run(directory: str | os.PathLike, here: dict) -> None:
         raise ValueError(f"{directory} was written with another gate configuration: {listed}. Resume with the same.")
 
 
-def last_complete_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint folder that was written to its end: Trainer writes its state last.
+def missing_states(checkpoint: Path) -> list[str]:
+    """Which states a Trainer's checkpoint lacks, without which a run cannot go on as it was."""
+    if any(checkpoint.glob("global_step*")):  # DeepSpeed's, which holds all of them
+        return []
+    return [kind for kind in ("optimizer", "scheduler") if not any(checkpoint.glob(f"{kind}*"))]
+
+
+def last_complete_checkpoint(output_dir: str, adapter_name: str) -> str:
+    """The newest checkpoint folder that was written to its end (Trainer writes its state last).
+
+    If it is known which run was last started in the output folder, only checkpoints of that run count.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: if there is none.
     """
     root = Path(output_dir)
+    run = (root / RUN_FILE).read_text().strip() if (root / RUN_FILE).is_file() else None
+    others = []
     folders = [folder for folder in root.glob("checkpoint-*") if folder.name.rsplit("-", 1)[1].isdigit()]
     folders.sort(key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
     for folder in folders:
         try:
             json.loads((folder / "trainer_state.json").read_text())
+            summary = json.loads((adapter_folder(folder, adapter_name) / SUMMARY_FILE).read_text())
         except (OSError, ValueError):
             continue
-        return str(folder)
+        if run in (None, summary.get("run")):
+            return str(folder)
+        others.append(folder.name)
+    if others:
+        raise ValueError(
+            f"The checkpoints in {output_dir} ({', '.join(others[:3])}) are of another run than the last one that was "
+            "started there, which has none yet. Start it again without resuming, or name the folder to resume that run."
+        )
     raise ValueError(f"No complete checkpoint in {output_dir} to resume from (found {[f.name for f in folders]}).")

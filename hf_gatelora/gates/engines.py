@@ -278,12 +278,12 @@ def check_launch(world_size: int, accelerator: Accelerator) -> None:
 
 
 def strict_ddp_wrapper(model: nn.Module) -> DistributedDataParallel | None:
-    """The DDP module around `model` that demands a gradient for every parameter in each step, if there is one."""
+    """The DDP module around `model` that demands the same gradients in each step, if there is one."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
     for wrapper in gc.get_objects():
         if type(wrapper) is DistributedDataParallel and wrapper.module is model:
-            return None if wrapper.find_unused_parameters else wrapper
+            return wrapper if wrapper.static_graph or not wrapper.find_unused_parameters else None
     return None
 
 

@@ -3,6 +3,7 @@
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ..config import GateConfig
 from . import engines, lora_layers
 
 
@@ -10,7 +11,7 @@ def check_freezable(model: PeftModel, layers: dict) -> None:
     """Check that closed blocks can be taken out of a model now.
 
     Raises:
-        RuntimeError: where an adapter is merged, or DDP does not allow unused parameters.
+        RuntimeError: if an adapter is merged, or DDP does not allow unused parameters.
     """
     if any(lora_layers.is_merged(layer) for layer in layers.values()):
         raise RuntimeError("Cannot freeze: the adapter is merged into the base weights. Unmerge it first.")
@@ -18,16 +19,19 @@ def check_freezable(model: PeftModel, layers: dict) -> None:
 
 
 def refuse_strict_ddp(model: PeftModel) -> None:
-    """Refuse a model within a DDP that wants a gradient of every parameter.
+    """Refuse a model within a DDP that demands a gradient for every parameter.
 
     Raises:
         RuntimeError: saying how to allow parameters without one.
     """
-    if engines.strict_ddp_wrapper(model) is not None:
+    wrapper = engines.strict_ddp_wrapper(model)
+    if wrapper is not None:
+        what = "static_graph=True" if wrapper.static_graph else "find_unused_parameters=False"
         raise RuntimeError(
-            "Gates cannot freeze here: DistributedDataParallel would fail at the step after, because closed "
-            "blocks get no gradient. Pass Accelerator(kwargs_handlers=[DistributedDataParallelKwargs("
-            "find_unused_parameters=True)]), or leave ddp_find_unused_parameters=False out of the arguments."
+            f"Gates cannot freeze here: DistributedDataParallel with {what} would fail at the step after, because "
+            "closed blocks get no gradient. Pass Accelerator(kwargs_handlers=[DistributedDataParallelKwargs("
+            "find_unused_parameters=True)]), or leave ddp_find_unused_parameters=False and ddp_static_graph=True out "
+            "of the arguments."
         )
 
 
@@ -55,7 +59,7 @@ def close_blocks(model: PeftModel, adapter: str, layers: dict, kept: list[str]) 
 
 
 def explain_degenerate(is_open: Tensor) -> str | None:
-    """What is wrong with a result in which every gate ended the same way; None where it is not so."""
+    """What is wrong with a result in which every gate ended the same way; None if it is not so."""
     if 0 < int(is_open.sum()) < len(is_open):
         return None
     if is_open.all():
@@ -66,4 +70,42 @@ def explain_degenerate(is_open: Tensor) -> str | None:
     return (
         f"All {len(is_open)} gates ended closed: the adapter does nothing (it is written as one block with "
         "B = 0, because PEFT cannot load an adapter without layers). Set target_active > 0, or lower lambda_."
+    )
+
+
+def explain_ties(scores: Tensor, counts: list[tuple[list[int], int]]) -> str | None:
+    """What is wrong if the order of blocks, and not their scores, decided which of them are open; else None.
+
+    Args:
+        scores: at the freeze, shape (N,).
+        counts: the budget as `blocks.open_counts` gives it.
+    """
+    for members, count in counts:
+        ranked = scores[members].sort(descending=True).values
+        if 0 < count < len(members) and ranked[count - 1] == ranked[count]:
+            tied = int((ranked == ranked[count]).sum())
+            return (
+                f"{tied} of {len(members)} gates tie at the score {ranked[count]:.4g}, and their order decided which "
+                "of them are open: the scores did not learn. Check that the optimizer was made after attach_gates and "
+                "holds gates.score_group(), that learning rates and lora_alpha are not 0, and that the search has "
+                "steps."
+            )
+    return None
+
+
+def explain_short_search(config: GateConfig, total_steps: int | None) -> str | None:
+    """What is wrong if the search is too short for a score to come down from `init` to `tau`; else None.
+
+    Adam moves a score by at most about its learning rate per step.
+    """
+    if total_steps is None or config.lambda_ == 0:
+        return None
+    search = int((config.freeze_ratio - config.warmup_ratio) * total_steps)
+    reach = search * config.learning_rate
+    if config.init - config.tau <= reach:
+        return None
+    return (
+        f"tau={config.tau} is out of reach: the scores start at init={config.init}, and {search} search steps with "
+        f"learning_rate={config.learning_rate} move them by at most {reach:.3g}. Raise gate_learning_rate, train "
+        "longer, or bring init closer to tau."
     )

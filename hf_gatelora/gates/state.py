@@ -14,6 +14,7 @@ class GateState:
         progress: finished steps / all steps, as of the last step.
         steps: finished optimizer steps.
         total_steps: of the run; None if nobody said.
+        run: identifies the run, through resuming; None before it starts.
         open: boolean mask of the open blocks, shape (N,), on the CPU; None before the freeze.
         weights_step: the step that the weights are of, if they were loaded from an earlier one.
         arguments: of the run, for the model card.
@@ -23,6 +24,7 @@ class GateState:
     progress: float = 0.0
     steps: int = 0
     total_steps: int | None = None
+    run: str | None = None
     open: Tensor | None = None
     weights_step: int | None = None
     arguments: dict = field(default_factory=dict)

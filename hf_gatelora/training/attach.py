@@ -3,6 +3,7 @@
 import logging
 
 from peft import PeftModel
+from torch import nn
 
 from ..config import GateConfig
 from ..gates import lora_layers
@@ -10,6 +11,20 @@ from ..gates.targets import outside_of_layers
 from .controller import CONTROLLER, GateController
 
 logger = logging.getLogger(__name__)
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuse a model that is compiled, or holds a compiled base: the keys of its adapters would load nowhere else.
+
+    Raises:
+        ValueError: saying when to compile.
+    """
+    if any("_orig_mod" in name.split(".") for name, _ in model.named_modules()):  # as torch.compile names it
+        raise ValueError(
+            "The model was compiled before its gates were attached, so that stock PEFT could not load its adapters. "
+            "Put LoRA and gates on the plain model, and compile afterwards: torch.compile(peft_model) after "
+            "attach_gates, or torch_compile=True in the training arguments."
+        )
 
 
 def attach_gates(
@@ -32,6 +47,7 @@ def attach_gates(
             matches nothing or several, or the model has gates already.
     """
     if not isinstance(peft_model, PeftModel):
+        refuse_compiled(peft_model)
         lora_layers.refuse_injected(peft_model)
         raise TypeError(
             f"attach_gates needs a PeftModel, found {type(peft_model).__name__}. Make one with "
@@ -47,6 +63,7 @@ def attach_gates(
             f"The model has gates already, on adapter {attached!r}: use that GateController. To gate another adapter, "
             "first call its fold(), which freezes these gates and leaves stock LoRA."
         )
+    refuse_compiled(peft_model)
     layers = lora_layers.lora_layers(peft_model, adapter_name)
     lora_layers.check_targets(peft_model, peft_model.peft_config[adapter_name])
     outside = outside_of_layers(peft_model, list(layers))

@@ -1,14 +1,17 @@
 """`GateAnnealingCallback` drives the gates' schedule in any Hugging Face Trainer."""
 
 import logging
+from pathlib import Path
 
 import torch
 from accelerate.state import GradientState
 from torch.optim.lr_scheduler import LambdaLR
+from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from ..gates.engines import engine_of
-from ..records import not_default
+from ..gates.freeze import explain_short_search
+from ..records import RUN_FILE, not_default, write_text
 from .controller import GateController
 
 logger = logging.getLogger(__name__)
@@ -23,18 +26,18 @@ class GateAnnealingCallback(TrainerCallback):
 
     Args:
         gates: the controller, from `attach_gates`.
-        add_penalty: whether the penalty is added here, to `output.loss` of the model's training forward; False where
-            the training code adds `gates.penalty()` itself.
+        add_penalty: whether the penalty is added here, to `output.loss` of the model's training forward; False if the
+            training code adds `gates.penalty()` itself.
 
     Raises:
-        TypeError: where `gates` is no `GateController`.
+        TypeError: if `gates` is not a `GateController`.
     """
 
     def __init__(self, gates: GateController, add_penalty: bool = True):
         self.add_penalty = add_penalty
-        self._separate = True  # GatedLoraTrainer does it where it makes the optimizer
         self._hook = None
-        self._fp16 = False
+        self._fp16 = self._training = False
+        self._loss_factor = 1
         self.watch(gates)
 
     def watch(self, gates: GateController) -> None:
@@ -46,18 +49,30 @@ class GateAnnealingCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         gates = self.gates
+        if self._training and args.auto_find_batch_size and not state.global_step:
+            gates.start_over()  # the last attempt ran out of memory
         if gates.steps != state.global_step:
             raise ValueError(
                 f"The gates are at step {gates.steps}, the run at step {state.global_step}. To resume a run use "
-                "GatedLoraTrainer and resume_from_checkpoint; to train anew make a new model with new gates."
+                "GatedLoraTrainer and resume_from_checkpoint; to start a new run make a new model with new gates."
             )
         gates.start(state.max_steps, not_default(args))
-        self._fp16 = args.fp16
+        if state.is_world_process_zero and args.save_strategy != "no":
+            write_text(gates.run + "\n", Path(args.output_dir) / RUN_FILE)
+        self._training, self._fp16 = True, args.fp16
+        # Trainer multiplies a loss that was normalised over the tokens of all processes by their number.
+        self._loss_factor = args.world_size if args.average_tokens_across_devices else 1
         check_reach(gates, state.max_steps)
-        if not gates.frozen and self._separate:
+        if not gates.frozen:
             separate_scores(gates, optimizer, lr_scheduler)
         if self.add_penalty:
+            self._remove_hook()
             self._hook = gates.model.register_forward_hook(self._with_penalty, with_kwargs=True)
+
+    def _remove_hook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def _with_penalty(self, module, inputs, kwargs, output):
         if not module.training or self.gates.frozen:
@@ -81,8 +96,10 @@ class GateAnnealingCallback(TrainerCallback):
             return output
         # A loss that was normalised by num_items_in_batch is summed over the micro-batches of a step: the penalty goes
         # into the last one. Any other loss Trainer divides by their number: the penalty goes into each.
-        if kwargs.get("num_items_in_batch") is None or GradientState().sync_gradients:
+        if kwargs.get("num_items_in_batch") is None:
             output["loss"] = loss + penalty
+        elif GradientState().sync_gradients:
+            output["loss"] = loss + penalty / self._loss_factor
         return output
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -100,11 +117,12 @@ class GateAnnealingCallback(TrainerCallback):
         if self.gates.frozen and not was_frozen:
             # What an evaluation before the freeze measured is not what the run ends with.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+            if state.is_world_process_zero:
+                tqdm.write(f"step {state.global_step}: {describe_freeze(self.gates)}")
 
     def on_train_end(self, args, state, control, **kwargs):
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._training = False
+        self._remove_hook()
         if not self.gates.frozen:
             logger.warning(
                 f"Training ended at step {state.global_step} of {state.max_steps}, before the gates froze: they are "
@@ -127,30 +145,32 @@ class _WithPenalty(torch.autograd.Function):
         return gradient, torch.ones_like(penalty)
 
 
-def check_reach(gates: GateController, max_steps: int) -> None:
-    """Check that the search is long enough for a score to come down from `init` to `tau`.
+def describe_freeze(gates: GateController) -> str:
+    """What the freeze left, in one line."""
+    names = [name for name, is_open in zip(gates.names, gates.open_mask.tolist(), strict=True) if is_open]
+    listed = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "none"
+    again = "; they start again from B = 0" if gates.config.rewind and names else ""
+    return f"froze, {len(names)} of {len(gates.names)} blocks open: {listed}{again}"
 
-    Adam moves a score by at most about its learning rate per step.
+
+def check_reach(gates: GateController, max_steps: int) -> None:
+    """Check that the search is long enough for a score to come down from `init` to `tau`; warn if a budget decides.
 
     Raises:
-        ValueError: where a fixed lambda could never close a gate.
+        ValueError: if a fixed lambda could never close a gate.
     """
-    config = gates.config
-    search = int((config.freeze_ratio - config.warmup_ratio) * max_steps)
-    reach = search * config.learning_rate
-    if config.target_active is None and config.lambda_ and config.init - config.tau > reach:
-        raise ValueError(
-            f"tau={config.tau} is out of reach: the scores start at init={config.init}, and {search} search steps with "
-            f"learning_rate={config.learning_rate} move them by at most {reach:.3g}. Every gate would end open. Raise "
-            "gate_learning_rate, train longer, or bring init closer to tau."
-        )
+    problem = explain_short_search(gates.config, max_steps)
+    if problem and gates.config.target_active is None:
+        raise ValueError(f"{problem} Every gate would end open.")
+    if problem and not gates.frozen:
+        logger.warning(problem)
 
 
 def separate_scores(gates: GateController, optimizer, lr_scheduler) -> None:
     """Give the scores their own group in an optimizer that Trainer made: own learning rate, no weight decay.
 
     Raises:
-        ValueError: where the learning-rate scheduler, or DeepSpeed's optimizer, cannot take another group.
+        ValueError: if the learning-rate scheduler, or DeepSpeed's optimizer, cannot take another group.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     scores = {id(p) for p in gates.score_parameters()}
@@ -158,12 +178,12 @@ def separate_scores(gates: GateController, optimizer, lr_scheduler) -> None:
     if fixed is not None:
         if not any(group and all(id(p) in scores for p in group) for group in fixed.groups(inner)):
             raise ValueError(
-                "DeepSpeed's optimizer cannot take the scores' group in afterwards. Use GatedLoraTrainer, or pass "
-                "Trainer(..., optimizers=(torch.optim.AdamW(gates.param_groups(lr=...)), None))."
+                "DeepSpeed's optimizer cannot take the scores' group in afterwards. Use GatedLoraTrainer, or make the "
+                "optimizer with the scores in a group of their own, gates.score_group()."
             )
         return
     holding = [g for g in inner.param_groups if any(id(p) in scores for p in g["params"])]
-    if all(g["weight_decay"] == 0 and all(id(p) in scores for p in g["params"]) for g in holding) and holding:
+    if len(holding) == 1 and not holding[0].get("weight_decay") and {id(p) for p in holding[0]["params"]} == scores:
         return
     for group in holding:
         group["params"] = [p for p in group["params"] if id(p) not in scores]
@@ -179,8 +199,8 @@ def separate_scores(gates: GateController, optimizer, lr_scheduler) -> None:
         return
     if not isinstance(lr_scheduler, LambdaLR):
         raise ValueError(
-            f"{type(lr_scheduler).__name__} cannot take the scores' group in afterwards. Pass the optimizer yourself: "
-            "Trainer(..., optimizers=(torch.optim.AdamW(gates.param_groups(lr=...)), None))."
+            f"{type(lr_scheduler).__name__} cannot take the scores' group in afterwards. Make the optimizer with the "
+            "scores in a group of their own, gates.score_group(), before its scheduler."
         )
     factor = lr_scheduler.lr_lambdas[0](lr_scheduler.last_epoch)
     inner.param_groups[-1]["initial_lr"] = gates.config.learning_rate

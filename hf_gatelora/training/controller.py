@@ -2,6 +2,7 @@
 
 import logging
 import math
+import uuid
 from functools import partial
 
 import torch
@@ -12,7 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config import GateConfig
 from ..gates import engines, lora_layers
 from ..gates.blocks import find_towers, gate_costs, group_modules, open_counts, select_open
-from ..gates.freeze import check_freezable, close_blocks, explain_degenerate, refuse_strict_ddp
+from ..gates.freeze import (
+    check_freezable,
+    close_blocks,
+    explain_degenerate,
+    explain_short_search,
+    explain_ties,
+    refuse_strict_ddp,
+)
 from ..gates.kinds import Gate, kind_of
 from ..gates.optimizers import Optimizers
 from ..gates.penalty import STEER_LAMBDA, Penalty
@@ -188,6 +196,21 @@ class GateController:
                 "accumulation), or start a new run."
             )
         self._state.total_steps, self._state.arguments = total_steps, arguments
+        self._state.run = self._state.run or uuid.uuid4().hex
+
+    def start_over(self) -> None:
+        """Go back to before the first step, scores included, as a Trainer does that tries a smaller batch.
+
+        Raises:
+            RuntimeError: after the freeze.
+        """
+        if self.frozen:
+            raise RuntimeError(
+                "Memory ran out after the gates froze, and closed blocks cannot come back. Start the run again with a "
+                "smaller per_device_train_batch_size."
+            )
+        self._state = GateState(run=self._state.run)
+        self.set_scores([self.config.init] * len(self.blocks))
 
     def step(self, progress: float) -> None:
         """Move the schedule to `progress`; call it once after every optimizer step.
@@ -294,6 +317,8 @@ class GateController:
             math.sqrt(sum(lora_layers.update_norm(self._layers[m], self.adapter_name) for m in members))
             for members in self.blocks.values()
         ]
+        if not all(map(math.isfinite, norms)):
+            raise RuntimeError("Cannot freeze: weights of LoRA blocks are not finite. Lower the learning rate.")
         return torch.tensor(norms, dtype=torch.float64)
 
     def _close(self, mask: Tensor) -> None:
@@ -311,8 +336,15 @@ class GateController:
 
     @property
     def degenerate(self) -> str | None:
-        """What is wrong with a result in which every gate ended the same way; None if it is not so."""
-        return None if self._state.open is None else explain_degenerate(self._state.open)
+        """What is wrong with the result, if all gates ended the same way or could not learn; else None."""
+        if self._state.open is None:
+            return None
+        found = [explain_degenerate(self._state.open)]
+        if self.config.criterion == "score":
+            found.append(explain_ties(self.scores, self.budget))
+        if self.config.criterion == "score" or self._counts is None:
+            found.append(explain_short_search(self.config, self._state.total_steps))
+        return " ".join(filter(None, found)) or None
 
     def fold(self) -> PeftModel:
         """Freeze, and turn the model in place into a plain PEFT LoRA with the open blocks; returns the model.
@@ -391,6 +423,11 @@ class GateController:
         return self.steps if self._state.weights_step is None else self._state.weights_step
 
     @property
+    def run(self) -> str | None:
+        """What identifies the run, through resuming; None before it starts."""
+        return self._state.run
+
+    @property
     def results(self) -> list[dict]:
         """The rows of the last measurement."""
         return self._state.results
@@ -399,13 +436,15 @@ class GateController:
         """What resuming needs besides the model's weights."""
         return self._state.tensors(self.scores)
 
-    def load_state_dict(self, state: dict[str, Tensor], write_scores: bool = True) -> None:
+    def load_state_dict(self, state: dict[str, Tensor], write_scores: bool = True, run: str | None = None) -> None:
         """Take over a state; a frozen one freezes this model to the same open blocks.
 
         Args:
             write_scores: False if an engine has loaded the scores' parameters, more exact than the state has them.
+            run: what identifies the run that the state is of.
         """
         self._state.resume(state)
+        self._state.run = run
         if self.frozen:
             return
         mask = open_mask_of(state)
@@ -428,7 +467,10 @@ class GateController:
     def summary(self) -> dict:
         """The gates as plain JSON types: configuration, schedule, towers, and one row per gate."""
         lora = self.model.peft_config[self.adapter_name]
-        scores, values, is_open = self.scores.tolist(), self.gates.tolist(), self.open_mask.tolist()
+        # JSON has no NaN.
+        scores = [score if math.isfinite(score) else None for score in self.scores.tolist()]
+        values = [value if math.isfinite(value) else None for value in self.gates.tolist()]
+        is_open = self.open_mask.tolist()
         sizes = [sum(self._sizes[m] for m in members) for members in self.blocks.values()]
         return {
             "adapter_name": self.adapter_name,
@@ -461,6 +503,7 @@ class GateController:
         return {
             **self.summary(),
             "base_model": saving.describe_base(self.model),
+            "run": self._state.run,
             "arguments": self._state.arguments,
             "weights_step": self.weights_step,
         }

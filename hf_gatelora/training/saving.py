@@ -149,7 +149,7 @@ def restore(gates: "GateController", directory, engine_loaded: bool = False) -> 
     Raises:
         ValueError: if these gates are frozen and the checkpoint has other open blocks.
     """
-    state, raw, _ = read_state(directory)
+    state, raw, summary = read_state(directory)
     if gates.frozen:
         mask = open_mask_of(state)
         if mask is None or not torch.equal(mask, gates.open_mask):
@@ -159,4 +159,4 @@ def restore(gates: "GateController", directory, engine_loaded: bool = False) -> 
             )
     elif not engine_loaded:
         load_raw(gates.model, raw)
-    gates.load_state_dict(state, write_scores=not engine_loaded)
+    gates.load_state_dict(state, write_scores=not engine_loaded, run=summary.get("run"))

@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..adapters.checkpoint import adapter_folder, last_complete_checkpoint
+from ..adapters.checkpoint import adapter_folder, last_complete_checkpoint, missing_states
 from ..config import GateConfig
-from ..gates.engines import writer_of
+from ..gates.engines import engine_of, writer_of
 from ..gates.lora_layers import check_targets, refuse_injected
 from ..gates.targets import without_heads
 from . import saving
@@ -18,6 +20,9 @@ from .attach import attach_gates
 from .callbacks import GateAnnealingCallback, separate_scores
 from .controller import CONTROLLER
 from .hub import HubTrainer
+
+# Optimizers by parts of their names in transformers.
+NOT_FOR_SCORES = ("lomo", "layerwise", "schedule_free")
 
 
 @dataclass
@@ -107,6 +112,11 @@ class GatedLoraTrainer(HubTrainer):
                 "cannot hold gates. Start one process per GPU with `accelerate launch`."
             )
         self._peft_config = peft_config
+        if args is not None and any(word in str(args.optim) for word in NOT_FOR_SCORES):
+            raise ValueError(
+                f"optim={str(args.optim)!r} cannot train gates: it updates parameters in the backward, or keeps the "
+                "evaluated weights in its state, so that the freeze cannot take blocks out. Use another optimizer."
+            )
         if model is not None:
             model = self._gate(model, args)
         if args is not None and args.activation_checkpointing:
@@ -124,8 +134,8 @@ class GatedLoraTrainer(HubTrainer):
         if not self._annealing:
             self._annealing = [GateAnnealingCallback(self.gates)]
             self.add_callback(self._annealing[0])
-        for callback in self._annealing:  # what a stock Trainer needs is done in compute_loss and create_optimizer
-            callback.add_penalty = callback._separate = False
+        for callback in self._annealing:
+            callback.add_penalty = False  # compute_loss adds it
 
     def _gate(self, model, args):
         model = _adapted(model, self._peft_config)
@@ -207,10 +217,10 @@ class GatedLoraTrainer(HubTrainer):
     # ---- optimizer ----------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model=None):
-        """Trainer's optimizer, with the scores in a group of their own.
+        """Trainer's optimizer, with the scores in a group of their own; also a given one.
 
         Raises:
-            ValueError: where a given optimizer does not update the scores, or decays them.
+            ValueError: if a given optimizer does not update the scores.
         """
         given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
@@ -221,13 +231,13 @@ class GatedLoraTrainer(HubTrainer):
             left = {id(p) for p in self.model.parameters()}
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) in left]
+        elif not engine_of(self.gates.score_parameters()[0]).updates(optimizer, self.gates.score_parameters()):
+            raise ValueError(
+                "The given optimizer does not update the gates' scores. Make it after attach_gates(model, ...), from "
+                "gates.param_groups(lr=...) or with gates.score_group() among its groups, and pass that model."
+            )
         else:
-            groups = [g for g in optimizer.param_groups for p in g["params"] if p is self.gates.score_parameters()[0]]
-            if not groups or groups[0].get("weight_decay", 0.0) != 0.0:
-                raise ValueError(
-                    f"The given optimizer {'decays' if groups else 'does not update'} the gates' scores. Build it from "
-                    "attach_gates(model, ...).param_groups(lr=...), and pass that model."
-                )
+            separate_scores(self.gates, optimizer, self.lr_scheduler)
         return optimizer
 
     # ---- checkpoints --------------------------------------------------------------------------------------------
@@ -235,7 +245,7 @@ class GatedLoraTrainer(HubTrainer):
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """Trainer's `train`; `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir, self.gates.adapter_name)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
@@ -258,6 +268,13 @@ class GatedLoraTrainer(HubTrainer):
                 f"The gates of this trainer are frozen already and cannot go back to {checkpoint}. Resume with a new "
                 "trainer, on a new model."
             )
+        lacking = missing_states(Path(checkpoint))
+        if lacking:
+            raise ValueError(
+                f"{checkpoint} holds no {' and no '.join(lacking)} state (was it saved with save_only_model?): the run "
+                "would go on otherwise than it was. To train on from its weights on purpose, load them with "
+                "PeftModel.from_pretrained(base_model, checkpoint, is_trainable=True) and start a new run."
+            )
         written, here = writer_of(Path(checkpoint)).title, self.engine.title
         if written != here:
             raise ValueError(
@@ -268,6 +285,13 @@ class GatedLoraTrainer(HubTrainer):
         folder = adapter_folder(checkpoint, self.gates.adapter_name)
         saving.check_resumable(self.gates, folder)
         return folder
+
+    def _save_checkpoint(self, model, trial):
+        # What makes a checkpoint complete comes last; one of an earlier run must not make this one complete.
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def _load_best_model(self):
         if self.engine.manages:
