@@ -15,7 +15,8 @@ Each command has more help: gatelora inspect --help
 """
 SOURCES = """
 A SOURCE of images is a Hub id, a folder of images, a folder that save_to_disk wrote, or a parquet or arrow file, with
-an optional :split. Its labels are class names: a ClassLabel column, or strings.
+an optional :split. Labels are a ClassLabel column, strings, or numbers that --class-names
+FILE names; in a folder of images they are the names of its subfolders.
 
   gatelora evaluate outputs/gated --id user/sketches:test --ood photo=user/photos:test --retention old=user/old:test
 """
@@ -106,6 +107,13 @@ def parser() -> argparse.ArgumentParser:
         "--retrieval", action="store_true", help="CLIP: measure ID and OOD sets that have captions by retrieval"
     )
     command.add_argument("--label-column", default="label", metavar="NAME", help="default: label")
+    command.add_argument(
+        "--class-names",
+        "--class_names",
+        metavar="FILE",
+        help="classes of the ID and OOD sets, by which numbers in the label column are named: one name per line, or a "
+        "JSON list or {number: name}",
+    )
     command.add_argument("--caption-column", default="caption", metavar="NAME", help="default: caption")
     command.add_argument("--knn-k", type=_positive, default=20, metavar="K", help="neighbours that vote; default 20")
     command.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default 64")

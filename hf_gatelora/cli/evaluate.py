@@ -29,6 +29,7 @@ def evaluate(arguments: Namespace) -> tuple[list[dict], str, int]:
         retrieval=arguments.retrieval,
         scales=arguments.wise,
         label_column=arguments.label_column,
+        class_names=arguments.class_names,
         caption_column=arguments.caption_column,
         k=arguments.knn_k,
         batch_size=arguments.batch_size,

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from ..gates.lora_layers import PLAIN_INITS
 from ..records import Results, read_earlier, read_results, update_results
 from .backbone import split_classifier
 from .images import LabelledImages, eval_sets
+from .labels import read_class_names
 from .published import classifier_suite, plain_name
 from .suite import ClipSuite, Suite
 
@@ -60,6 +62,7 @@ def evaluate_adapter(
     head_label_map: dict[str, str] | None = None,
     scales: list[float] = (),
     label_column: str = "label",
+    class_names: str | os.PathLike | None = None,
     caption_column: str = "caption",
     k: int = 20,
     temperature: float = 0.07,
@@ -85,6 +88,8 @@ def evaluate_adapter(
         head_label_map: by the name of a retention set, a JSON file {class: output of the published head}.
         scales: of the adapter, to measure besides 1 (WiSE-FT).
         label_column, caption_column: names of these columns.
+        class_names: file with the classes of the ID and OOD sets (see `read_class_names`), which names labels that are
+            whole numbers. None takes the classes of the first of these sets.
         k, temperature: of k-NN.
         batch_size: images per forward pass.
         device: None takes a GPU where there is one.
@@ -104,6 +109,7 @@ def evaluate_adapter(
         raise ValueError("Nothing is to be measured: give an ID, OOD or retention set.")
     if any(not 0 <= scale <= 1 for scale in scales):
         raise ValueError(f"scales {list(scales)} are out of range: they lie between 0 (the base) and 1 (the adapter).")
+    named = read_class_names(class_names) if class_names else None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=device)
@@ -138,23 +144,25 @@ def evaluate_adapter(
     if processor is None:
         raise ValueError(f"Neither {found.folder} nor {name} has an image processor that transformers can load.")
 
-    def load(source: str, class_names: list[str] | None = None) -> LabelledImages:
+    def load(source: str, classes: list[str] | None = None, label_names: list[str] | None = None) -> LabelledImages:
         return LabelledImages(
             source,
             lambda image: processor(image, return_tensors="pt")["pixel_values"][0],
             label_column,
             caption_column,
-            class_names,
+            classes,
+            label_names,
         )
 
+    load_target = partial(load, label_names=named)
     id_sets = {"test": id} if id else {}
     classes = None
     if id_sets or ood:
-        classes = load(next(iter({**id_sets, **(ood or {})}.values()))).class_names
+        classes = named or load_target(next(iter({**id_sets, **(ood or {})}.values()))).class_names
         if classes is not None and not is_clip:
             classes = _head_order(found, base, new_head, classes)
-    sets = eval_sets("id", id_sets, load, classes, bank, retrieval)
-    sets += eval_sets("ood", ood or {}, load, classes, bank, retrieval)
+    sets = eval_sets("id", id_sets, load_target, classes, bank, retrieval)
+    sets += eval_sets("ood", ood or {}, load_target, classes, bank, retrieval)
     sets += eval_sets("retention", retention or {}, load, None, bank)
     names = [data.name for data in sets]
     if unknown := sorted(set(head_label_map or {}) - set(retention or {})):

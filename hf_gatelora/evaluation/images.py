@@ -1,59 +1,42 @@
 """Image data from any source: files, folders, the Hub."""
 
+import glob
+import logging
 import re
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 
 import torch
-from datasets import ClassLabel, Image, load_dataset, load_from_disk
-from PIL import Image as PILImage
+from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
 
+from .decoding import decode_rgb
+from .folders import load_folder
+from .labels import read_labels
 from .suite import EvalSet
 
+logger = logging.getLogger(__name__)
 
-def load_images(source: str):
+FILES = {".parquet": "parquet", ".arrow": "arrow"}
+
+
+def load_images(source: str) -> tuple[Dataset, str, dict]:
     """Load a data set with images, without decoding them.
 
     Args:
-        source: a parquet or arrow file, a folder that `Dataset.save_to_disk` wrote, a folder of images, or a Hub id; a
-            split may follow a colon (`user/data:test`), the default is `train`.
+        source: a parquet or arrow file, a folder that `Dataset.save_to_disk` wrote, a folder of images (see
+            `load_folder`), or a Hub id. A split may follow a colon (`user/data:test`); the default is `train`.
 
     Returns:
-        A `datasets.Dataset` with the column `image` not decoded, the name of the image column, and, of a data set of
-        the Hub, its id and its commit (None where it is not known).
+        The data, with its image column not decoded; the name of that column; and for a data set of the Hub its id
+        (`dataset`) and commit (`revision`, None if not known), else an empty dict.
 
     Raises:
-        ValueError: where nothing is found, or there is not exactly one image column.
+        ValueError: if nothing is found, it cannot be read, or it does not have exactly one image column.
     """
-    origin = {}
-    path, _, split = source.rpartition(":") if ":" in source and not Path(source).exists() else (source, "", "")
-    file = Path(path)
-    if split and (file.is_file() or (file / "state.json").is_file()):
-        raise ValueError(f"{source}: {path} holds one data set, without splits. Leave out {split!r}.")
-    if file.is_file():
-        kind = {".parquet": "parquet", ".arrow": "arrow"}.get(file.suffix)
-        if kind is None:
-            raise ValueError(f"{path}: give a .parquet or .arrow file, a folder, or a Hub id.")
-        data = load_dataset(kind, data_files=path, split="train")
-    elif (file / "state.json").is_file():
-        data = load_from_disk(path)
-    elif (file / "dataset_dict.json").is_file():
-        parts = load_from_disk(path)
-        if (split or "train") not in parts:
-            raise ValueError(
-                f"{source}: no split {split or 'train'!r}, there are {sorted(parts)}. Give one as path:split."
-            )
-        data = parts[split or "train"]
-    elif file.is_dir():
-        data = _load_split(source, "imagefolder", split, data_dir=path)
-    elif path.count("/") > 1 or file.suffix:
-        raise ValueError(f"{source}: no such file or folder.")
-    else:
-        data = _load_split(source, path, split)
-        # Of the Hub's data sets the cache folder is named by the commit.
-        folder = Path(data.cache_files[0]["filename"]).parent.name if data.cache_files else ""
-        origin = {"dataset": path, "revision": folder if re.fullmatch("[0-9a-f]{40}", folder) else None}
+    data, origin = _open(source)
+    if not len(data):
+        raise ValueError(f"{source} holds no images.")
     columns = [name for name, feature in data.features.items() if isinstance(feature, Image)]
     if len(columns) != 1:
         found = ", ".join(f"{name}: {type(feature).__name__}" for name, feature in data.features.items())
@@ -64,13 +47,46 @@ def load_images(source: str):
     return data.cast_column(columns[0], Image(decode=False)), columns[0], origin
 
 
-def _load_split(source: str, path: str, split: str, **settings):
+def _open(source: str) -> tuple[Dataset, dict]:
+    path, _, split = source.rpartition(":") if ":" in source and not Path(source).exists() else (source, "", "")
+    file = Path(path)
+    if split and (file.is_file() or (file / "state.json").is_file()):
+        raise ValueError(f"{source}: {path} holds one data set, without splits. Leave out {split!r}.")
+    if file.is_file():
+        if file.suffix not in FILES:
+            raise ValueError(f"{path}: give a .parquet or .arrow file, a folder, or a Hub id.")
+        return _read(path, load_dataset, FILES[file.suffix], data_files=glob.escape(path), split="train"), {}
+    if (file / "state.json").is_file():
+        return _read(path, load_from_disk, path), {}
+    if (file / "dataset_dict.json").is_file():
+        parts = _read(path, load_from_disk, path)
+        if (split or "train") not in parts:
+            raise ValueError(
+                f"{source}: no split {split or 'train'!r}, there are {sorted(parts)}. Give one as path:split."
+            )
+        return parts[split or "train"], {}
+    if file.is_dir():
+        return load_folder(file, split), {}
+    if path.count("/") > 1 or file.suffix in FILES:
+        raise ValueError(f"{source}: no such file or folder.")
     try:
-        return load_dataset(path, split=split or "train", **settings)
+        data = load_dataset(path, split=split or "train")
+    except DatasetGenerationError as error:
+        raise ValueError(f"{source} cannot be read ({error.__cause__ or error}).") from error
     except ValueError as error:
         if "split" not in str(error):
             raise
         raise ValueError(f"{source}: {error} Give one as path:split.") from error
+    # The cache folder of a data set of the Hub is named after the commit.
+    folder = Path(data.cache_files[0]["filename"]).parent.name if data.cache_files else ""
+    return data, {"dataset": path, "revision": folder if re.fullmatch("[0-9a-f]{40}", folder) else None}
+
+
+def _read(path: str, load: Callable, *arguments, **settings) -> Dataset | DatasetDict:
+    try:
+        return load(*arguments, **settings)
+    except (DatasetGenerationError, ValueError, KeyError, TypeError, AttributeError) as error:  # damaged data or JSON
+        raise ValueError(f"{path} cannot be read ({error.__cause__ or repr(error)}).") from error
 
 
 class LabelledImages(torch.utils.data.Dataset):
@@ -79,14 +95,17 @@ class LabelledImages(torch.utils.data.Dataset):
     Args:
         source: as for `load_images`.
         transform: from an RGB image to `pixel_values`.
-        class_names: the classes that the labels index, by name; None takes those of the column.
-        label_column, caption_column: names of these columns; the label column must hold `ClassLabel`s or strings.
+        label_column, caption_column: names of these columns. Labels are `ClassLabel`s, strings, or whole numbers.
+        class_names: the classes that `labels` index; None takes those of the column.
+        label_names: names of labels that are whole numbers, in the order of the numbers.
 
     Attributes:
+        labels: indices into `class_names`, of shape (n,); None without a label column.
+        captions: one string per image; None without a caption column.
         origin: `dataset` and `revision` of a data set of the Hub; empty for all others.
 
     Raises:
-        ValueError: where a column is missing or a label lies outside the class list; on access, where an image cannot
+        ValueError: if the labels have no names, or one of them is not among the classes; on access, if an image cannot
             be read.
     """
 
@@ -97,40 +116,21 @@ class LabelledImages(torch.utils.data.Dataset):
         label_column: str = "label",
         caption_column: str = "caption",
         class_names: list[str] | None = None,
+        label_names: list[str] | None = None,
     ):
         self.source, self.transform = source, transform
         self.data, self.image_column, self.origin = load_images(source)
         self.class_names: list[str] | None = None
         self.labels = self.captions = None
         if label_column in self.data.features:
-            self._read_labels(label_column, class_names)
+            try:
+                self.labels, self.class_names = read_labels(self.data, label_column, class_names, label_names)
+            except ValueError as error:
+                raise ValueError(f"{source}, {error}") from error
+            if len(self.class_names) == 1:
+                logger.warning("%s has one class only, %s: its accuracy says nothing.", source, self.class_names[0])
         if caption_column in self.data.features:
             self.captions = list(self.data[caption_column])
-
-    def _read_labels(self, column: str, class_names: list[str] | None) -> None:
-        feature, values = self.data.features[column], list(self.data[column])
-        if isinstance(feature, ClassLabel):
-            self.class_names = class_names or list(feature.names)
-            if self.class_names != feature.names:  # the same classes in another order, or a part of them
-                named = range(len(feature.names))
-                values = [feature.names[value] if value in named else value for value in values]
-        elif getattr(feature, "dtype", None) == "string":
-            self.class_names = class_names or sorted(set(values) - {None})
-        else:
-            raise ValueError(
-                f"{self.source}: column {column!r} holds {feature}, without class names. Cast it with "
-                f'data.cast_column("{column}", datasets.ClassLabel(names=[...])), or use strings.'
-            )
-        index = {name: i for i, name in enumerate(self.class_names)}
-        values = [index.get(value, value) for value in values]
-        for row, value in enumerate(values):
-            if not isinstance(value, int) or not 0 <= value < len(self.class_names):
-                shown = [*self.class_names[:5], *(["..."] if len(self.class_names) > 5 else [])]
-                raise ValueError(
-                    f"{self.source}, row {row}: label {value!r} lies outside the {len(self.class_names)} classes "
-                    f"({', '.join(shown)}). Class names are compared letter by letter."
-                )
-        self.labels = torch.tensor(values)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -138,10 +138,9 @@ class LabelledImages(torch.utils.data.Dataset):
     def __getitem__(self, row: int) -> dict:
         stored = self.data[row][self.image_column]
         try:
-            image = PILImage.open(BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"])
-            image = image.convert("RGB")
-        except (OSError, TypeError) as error:
-            name = f" ({stored['path']})" if stored and stored.get("path") else ""
+            image = decode_rgb(stored)
+        except ValueError as error:
+            name = f" ({stored['path']})" if stored and stored["path"] else ""
             raise ValueError(f"{self.source}, row {row}{name}: the image cannot be read ({error}).") from error
         item = {"pixel_values": self.transform(image)}
         if self.labels is not None:
@@ -152,10 +151,10 @@ class LabelledImages(torch.utils.data.Dataset):
 
 
 def parse_named_sources(field: str, entries: list[str] | None) -> dict[str, str]:
-    """`["name=source", ...]` as a dict.
+    """Parse `["name=source", ...]` into a dict.
 
     Raises:
-        ValueError: where an entry has no name, or a name comes twice.
+        ValueError: if an entry has no name, or a name occurs twice.
     """
     named: dict[str, str] = {}
     for entry in entries or []:
@@ -174,18 +173,18 @@ def eval_sets(
     banks: dict[str, str] | None = None,
     retrieval: bool = False,
 ) -> list[EvalSet]:
-    """Sources as sets of a suite.
+    """Load sources as the sets of a suite.
 
     Args:
-        role: of the sets.
-        named: sources by name.
-        load: makes images of a source and the classes that its labels index (None: its own).
-        class_names: these classes.
-        banks: by name of a set, the source of the labelled images that vote on it (k-NN); other names are not used.
-        retrieval: whether labels are left out where there are captions.
+        role: role of all sets: `"id"`, `"ood"` or `"retention"`.
+        named: sources by the name of their set.
+        load: loads the images of a source, given the source and the classes that its labels index.
+        class_names: these classes; None takes each source's own.
+        banks: sources of the labelled images that vote in k-NN, by the name of the set. Other names are ignored.
+        retrieval: leave out the labels of sets that have captions.
 
     Raises:
-        ValueError: where a set is its own bank.
+        ValueError: if a set is its own bank.
     """
     sets = []
     for name, source in named.items():

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .labels import one_spelling
 from .suite import ClassifierSuite, EvalSet
 
 
@@ -45,7 +46,7 @@ def classifier_suite(
 
 def plain_name(name: str) -> str:
     """A class name as it is compared: data sets and heads write the same one as `tree_frog` and `Tree frog`."""
-    return name.lower().replace("_", " ")
+    return one_spelling(name).lower().replace("_", " ")
 
 
 def head_classes(data: EvalSet, id2label: dict[int, str], file: str | None) -> dict[str, torch.Tensor]:
@@ -63,7 +64,7 @@ def head_classes(data: EvalSet, id2label: dict[int, str], file: str | None) -> d
         places = {label: i for i, label in enumerate(labels) if labels.count(label) == 1}
         found = [places.get(plain_name(name)) for name in names]
         return {} if None in found else {data.name: torch.tensor(found)}
-    mapping = json.loads(Path(file).read_text())
+    mapping = {one_spelling(key): place for key, place in json.loads(Path(file).read_text()).items()}
     by_name = any(name in mapping for name in names)
     found = [mapping.get(name if by_name else str(i)) for i, name in enumerate(names)]
     wrong = [name for name, place in zip(names, found, strict=True) if place not in range(len(id2label))]
