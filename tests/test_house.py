@@ -64,3 +64,17 @@ def test_gates_load_neither_cards_nor_evaluation_nor_the_command_line():
     assert "hf_gatelora.training.controller" in ours
     above = ("card", "evaluation", "cli", "hub")
     assert not [name for name in ours if name.split(".")[1] in above]
+
+
+def test_names_are_the_same_for_a_type_checker():
+    """The lazy exports, those under TYPE_CHECKING and `__all__`."""
+    import hf_gatelora
+
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and not isinstance(node.test, ast.UnaryOp)]
+    checked = {alias.name: node.module for node in block.body for alias in node.names}
+    assert checked == hf_gatelora._HOME
+    assert set(hf_gatelora.__all__) == {*checked, "__version__"}
+    for name in hf_gatelora.__all__:
+        assert getattr(hf_gatelora, name) is not None
+    assert (PACKAGE / "py.typed").is_file()
