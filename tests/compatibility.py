@@ -1,4 +1,4 @@
-"""Prints the README's compatibility table, from the cases that the tests run: `python tests/compatibility.py`."""
+"""Prints the compatibility table of hf_gatelora/gates/README.md from the cases of the tests."""
 
 from backbones import BACKBONES
 

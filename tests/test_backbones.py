@@ -1,4 +1,4 @@
-"""Every behaviour on every backbone: the cells of the README's compatibility table."""
+"""Every behaviour on every backbone: the cells of the compatibility table in hf_gatelora/gates/README.md."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 
 from hf_gatelora import GateConfig, attach_gates, lora_targets
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[1] / "hf_gatelora" / "gates" / "README.md"
 
 
 def cell(behaviour):
@@ -184,6 +184,6 @@ def test_the_freeze_compiles_once_more():
 def test_the_readme_holds_the_table():
     _, begin, rest = README.read_text().partition("<!-- compatibility -->\n")
     section, end, _ = rest.partition("\n<!-- /compatibility -->")
-    assert begin, "README.md has no <!-- compatibility -->"
-    assert end, "README.md has no <!-- /compatibility -->"
+    assert begin, "hf_gatelora/gates/README.md has no <!-- compatibility -->"
+    assert end, "hf_gatelora/gates/README.md has no <!-- /compatibility -->"
     assert section == table(), "write the output of `python tests/compatibility.py` there"
