@@ -1,4 +1,4 @@
-"""`GateConfig`: every setting of the gates, validated where it is written down."""
+"""`GateConfig`: every setting of the gates, validated on construction."""
 
 import math
 import re
@@ -37,13 +37,13 @@ class GateConfig:
         criterion: what ranks the gates at the freeze: `"score"`, or `"norm"`, the Frobenius norm of the
             block's weight update (alpha / r) B A.
         seed: of the noise of `"hard_concrete"`.
-        rewind: whether the open blocks start again at the freeze, from B = 0, so that nothing stays of what they
-            learned beside blocks that are closed now. The optimizer restarts as well, as a whole: moments from small
-            gradients would make the first steps far too large. It keeps more of the prior knowledge and may cost
-            some ID accuracy. Ours, not the paper's; compare arXiv 1903.01611 on rewinding after pruning.
+        rewind: whether the open blocks restart from B = 0 at the freeze, so that nothing remains of what they learned
+            beside blocks that are closed now. The whole optimizer restarts too: moments from small gradients would
+            make the first steps far too large. It keeps more of the prior knowledge and may cost some ID accuracy.
+            Ours, not the paper's; compare arXiv 1903.01611 on rewinding after pruning.
 
     Raises:
-        ValueError: where a value is out of its range, or two of them contradict each other.
+        ValueError: if a value is out of its range, or two of them contradict each other.
     """
 
     kind: Kind = "straight_through"

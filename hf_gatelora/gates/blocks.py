@@ -38,10 +38,10 @@ def find_towers(blocks: dict[str, list[str]], config: GateConfig) -> dict[str, l
 
 
 def open_counts(towers: dict[str, list[int]], count: int, config: GateConfig) -> list[tuple[list[int], int]] | None:
-    """The budget as (gate indices, how many of them stay open); None where the threshold decides.
+    """The budget as (gate indices, how many of them stay open); None if the threshold decides.
 
     Raises:
-        ValueError: where a positive fraction rounds to no gate.
+        ValueError: if a positive fraction rounds to no gate.
     """
     target = config.target_active
     if target is None:
@@ -92,7 +92,7 @@ def gate_costs(
         multiplications: per LoRA module and token, those of its adapter and of its base layer, in module order.
 
     Raises:
-        ValueError: where given costs do not name every gate once.
+        ValueError: if given costs do not name every gate once.
     """
     cost = config.cost
     if cost == "uniform":
@@ -123,7 +123,7 @@ def gate_costs(
 
 
 def _partition(field: str, patterns: list[str], names: list[str], texts: list[list[str]], what: str) -> dict:
-    """Indices of the names in all of whose texts each regex is found; every name by exactly one, none in vain."""
+    """Indices of names by regex: a name belongs to the one regex that is found in all its texts."""
     found: dict[str, list[int]] = {pattern: [] for pattern in patterns}
     for i, name in enumerate(names):
         matches = [pattern for pattern in patterns if all(re.search(pattern, text) for text in texts[i])]

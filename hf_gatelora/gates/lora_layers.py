@@ -25,7 +25,7 @@ from .product import AddGated
 
 PREFIX = "base_model.model."
 
-# Names that transformers 5 gave to modules of its vision models, by their transformers 4 names.
+# What transformers 5 calls modules of its vision models, by their names in transformers 4.
 RENAMED = {
     "query": "q_proj",
     "key": "k_proj",
@@ -87,7 +87,7 @@ def _is_watched() -> bool:
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype to which autocast brings the inputs of a product; None where it does not."""
+    """The dtype to which autocast brings the inputs of a product; None if it does not."""
     kind = x.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
@@ -116,7 +116,7 @@ class GatedLora(LoraVariant):
         return result + up(hidden * (self.gate(noisy=module.training) * scaling).to(hidden.dtype))
 
     def _may_overwrite(self, module: LoraLayer, down: nn.Module, up: nn.Module, x: Tensor, result: Tensor) -> bool:
-        # What a plain nn.Linear returned is nobody else's. Engines that partition parameters hook the modules.
+        # Nobody else holds what a plain nn.Linear returned. Engines that partition parameters hook the modules.
         if _is_watched() or x.layout != torch.strided or not result.is_contiguous():
             return False
         if torch.is_grad_enabled() and not down.weight.requires_grad:  # by itself, a frozen A does not keep x
@@ -140,7 +140,7 @@ class GatedLora(LoraVariant):
 
 
 def base_layer(module: nn.Module) -> nn.Module:
-    """The layer that PEFT wrapped; the module itself where it is no adapter's layer."""
+    """The layer that PEFT wrapped; the module itself if it is not an adapter's layer."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
@@ -164,8 +164,8 @@ def lora_layers(model: PeftModel, adapter: str) -> dict[str, LoraLayer]:
     """The LoRA layers of one adapter by their module name in the base model, in module order.
 
     Raises:
-        ValueError: where there is none.
-        TypeError: where a layer is of a type that cannot be gated.
+        ValueError: if there is none.
+        TypeError: if a layer is of a type that cannot be gated.
     """
     config = model.peft_config[adapter]
     if not isinstance(config, LoraConfig):
@@ -238,7 +238,7 @@ def _adapter_names(layer: LoraLayer) -> set[str]:
 
 
 def check_targets(model: nn.Module, config: LoraConfig) -> None:
-    """Check that every entry of `target_modules` names at least one module of `model`.
+    """Check that every entry of `target_modules` matches at least one module of `model`.
 
     Raises:
         ValueError: naming the entries that match nothing, what they may be called here, and what there is.
@@ -252,7 +252,7 @@ def missing_targets(model: nn.Module, targets: list[str] | str | None) -> list[s
     """The entries of `target_modules` that name no module of the model."""
     if targets is None or targets in ("all-linear", ["all-linear"]):
         return []
-    # On a model that is adapted already, modules have their old names within PEFT's wrapper.
+    # On an adapted model, modules keep their names within PEFT's wrapper.
     names = [name.removeprefix(PREFIX).replace(".base_layer", "") for name, _ in model.named_modules()]
     if isinstance(targets, str):
         return [] if any(re.fullmatch(targets, name) for name in names) else [targets]
@@ -260,7 +260,7 @@ def missing_targets(model: nn.Module, targets: list[str] | str | None) -> list[s
 
 
 def explain_missing(model: nn.Module, missing: list[str]) -> str:
-    """What to say of targets that name no module: what they may be called here, and what there is."""
+    """Why targets match nothing: what they may be called here, and which linear layers there are."""
     leaves = {name.removesuffix(".base_layer").rsplit(".", 1)[-1] for name, _ in model.named_modules()}
     hints = [
         f"{target!r} is called {RENAMED[target]} since transformers 5"
@@ -327,7 +327,7 @@ def lora_parameters(layer: LoraLayer, adapter: str) -> list[nn.Parameter]:
 
 
 def reset(layer: LoraLayer, adapter: str) -> None:
-    """Make one adapter of a LoRA layer add nothing, as LoRA starts: B = 0. Collective where it is partitioned."""
+    """Make one adapter of a LoRA layer add nothing, as LoRA starts: B = 0. Collective if it is partitioned."""
     parameters = list(layer.lora_B[adapter].parameters())
     engines.write(parameters, [torch.zeros(engines.whole_shape(p)) for p in parameters])
 
@@ -393,7 +393,7 @@ def narrow_targets(model: PeftModel, adapter: str, names: list[str]) -> None:
 
 
 def exact_targets(names: list[str], every: list[str], config: dict) -> dict:
-    """The fields of an adapter's config that make it target the modules in `names`, and no other of `every`."""
+    """The fields of an adapter's config that make it target exactly the modules in `names` among `every`."""
     # PEFT matches targets as suffixes: what a full name would catch besides itself must be excluded, by a pattern
     # (which it matches in full), because names in a list would again be suffixes.
     caught = {other for other in every for name in names if other.endswith(f".{name}")} - set(names)
@@ -417,7 +417,7 @@ def scaling(config: dict, name: str, rank: int) -> float:
 
 
 def unwrap_empty_layers(model: PeftModel) -> None:
-    """Put the base layer back wherever a LoRA layer holds no adapter any more."""
+    """Replace LoRA layers that no longer hold an adapter by their base layers."""
     empty = [n for n, m in model.named_modules() if isinstance(m, LoraLayer) and not _adapter_names(m)]
     for name in empty:
         parent, _, child = name.rpartition(".")

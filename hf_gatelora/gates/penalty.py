@@ -31,7 +31,7 @@ def steered_lambda(open_fraction: Tensor, target: Tensor, progress: float, confi
     """
     wanted = target + (1 - target) * (1 - search_progress(progress, config)) ** 3
     weight = STEER_LAMBDA * torch.exp(STEER_GAIN * (open_fraction - wanted))
-    return torch.where(target < 1, weight, 0.0)  # where all may stay open, nothing is to be pressed for
+    return torch.where(target < 1, weight, 0.0)  # no pressure if all gates may stay open
 
 
 class Penalty:
@@ -67,7 +67,7 @@ class Penalty:
         return (self._lambda[self._tower_of] * self._costs * terms).sum() / self._costs.sum()
 
     def steer(self, scores: Tensor, progress: float) -> None:
-        """Bring lambda to where progress and, with a budget, the open blocks want it; without a host sync."""
+        """Set lambda for this progress and, with a budget, for the open blocks; without a host sync."""
         self._follow(scores.device)
         factor = ramp(progress, self.config)
         if self.config.lambda_ is not None:
@@ -82,7 +82,7 @@ class Penalty:
             self._lambda = factor * steered_lambda(fraction, self._target, progress, self.config)
 
     def end(self) -> None:
-        """Make lambda 0, for good."""
+        """Set lambda to 0 for good."""
         self._lambda = torch.zeros_like(self._lambda)
 
     @property

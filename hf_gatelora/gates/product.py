@@ -10,7 +10,7 @@ class AddGated(torch.autograd.Function):
     """`result + g * scaling * x @ a.T @ b.T`, written over `result`, in one node of the graph.
 
     As separate operations the gate would cost a small layer more than LoRA itself. Gate and scaling go onto the rank-r
-    intermediate, which is far smaller than the output; neither the product with `b` nor the sum is a tensor of its own.
+    intermediate, which is far smaller than the output; the product with `b` is added in place.
 
     Args:
         gate: the gate's value, shape (1,); with `tau` the score of a straight-through gate, which it opens at tau.
@@ -30,7 +30,7 @@ class AddGated(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         x, a, b, gate, hidden, factor = ctx.saved_tensors
         rows = x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled():  # to be differentiated again, which needs to know where these two came from
+        if torch.is_grad_enabled():  # for double backward, which needs the graph of these two
             value = gate if ctx.tau is None else binarize(gate, ctx.tau)
             hidden, factor = rows @ a.t(), (value * ctx.scaling).to(hidden.dtype)
         _, x_needed, a_needed, b_needed, gate_needed, *_ = ctx.needs_input_grad

@@ -13,7 +13,7 @@ class GateState:
     Args:
         progress: finished steps / all steps, as of the last step.
         steps: finished optimizer steps.
-        total_steps: of the run; None if nobody said.
+        total_steps: of the run; None if not known.
         run: identifies the run, through resuming; None before it starts.
         open: boolean mask of the open blocks, shape (N,), on the CPU; None before the freeze.
         weights_step: the step that the weights are of, if they were loaded from an earlier one.

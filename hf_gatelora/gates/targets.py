@@ -1,4 +1,4 @@
-"""Which modules of a model LoRA should adapt: the linear layers of its transformer layers, whatever they are called."""
+"""Which modules LoRA should adapt: the linear layers inside a model's repeated layers, whatever their names."""
 
 import copy
 
@@ -13,19 +13,19 @@ def lora_targets(model: nn.Module) -> list[str]:
     """Names of the linear layers (and ungrouped convolutions) inside the model's repeated layers, for `target_modules`.
 
     Repeated layers are the entries of an `nn.ModuleList` or `nn.Sequential` whose entries are all of one class with
-    children of their own. Embeddings, projections between towers, poolers and heads lie outside of them. To adapt one
-    of these as well, add its name to the list; to adapt one tower, keep the names of the others out:
+    children. Embeddings, projections between towers, poolers and heads lie outside of them. To adapt one of these too,
+    add its name to the list; to adapt one tower, filter the list:
 
         LoraConfig(target_modules=[name for name in lora_targets(model) if name.startswith("vision_model")])
 
     Args:
-        model: any model; one that is adapted already gives the names of its base model.
+        model: any model; for an adapted one the names are those of its base model.
 
     Returns:
         Full module names, in module order.
 
     Raises:
-        ValueError: where there is none, listing the linear layers that there are.
+        ValueError: if there is none, listing the linear layers that there are.
     """
     if isinstance(model, PeftModel):
         model = model.get_base_model()
@@ -50,7 +50,7 @@ def without_heads(model: nn.Module, config: LoraConfig) -> LoraConfig:
 
 
 def outside_of_layers(model: PeftModel, names: list[str]) -> list[str]:
-    """Those of the names that lie outside of the model's repeated layers; none where it has no such layers."""
+    """The names that lie outside of the model's repeated layers; none if it has no repeated layers."""
     layers = linear_layers(model.get_base_model())
     return [name for name in names if not layers.get(name, True)] if any(layers.values()) else []
 

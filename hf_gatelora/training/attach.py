@@ -41,9 +41,9 @@ def attach_gates(
         The controller of the gates. `peft_model.save_pretrained` writes stock adapters from now on.
 
     Raises:
-        TypeError: where the model is no `PeftModel`, `config` no `GateConfig`, the adapter is not LoRA, or a layer
+        TypeError: if the model is no `PeftModel`, `config` no `GateConfig`, the adapter is not LoRA, or a layer
             cannot be gated.
-        ValueError: where the adapter does not exist or has no LoRA layer, a target pattern, budget, group or cost
+        ValueError: if the adapter does not exist or has no LoRA layer, a target pattern, budget, group or cost
             matches nothing or several, or the model has gates already.
     """
     if not isinstance(peft_model, PeftModel):

@@ -188,8 +188,8 @@ def separate_scores(gates: GateController, optimizer, lr_scheduler) -> None:
     for group in holding:
         group["params"] = [p for p in group["params"] if id(p) not in scores]
     if lr_scheduler is None:
-        # Trainer makes a group for biases even where none train. FSDP2 restores only one empty group: the scores', once
-        # they are frozen.
+        # Trainer makes a group for biases even if none train. FSDP2 can restore only one empty group, and after the
+        # freeze that of the scores is empty.
         inner.param_groups[:] = [group for group in inner.param_groups if group["params"]]
     group = gates.score_group()
     if isinstance(inner.defaults.get("eps"), tuple):  # Adafactor's: added to squared gradients; scale of a parameter

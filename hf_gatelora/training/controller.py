@@ -68,8 +68,8 @@ class GateController:
                 lora_layers.install(layers[name], adapter_name, gate)
         # The gates hang on the PeftModel, outside PEFT's own layers: PEFT takes everything on those for the adapter.
         model.add_module(GATES, nn.ModuleDict({adapter_name: gates}))
-        # Every rank computes these buffers alike. DDP, which broadcasts buffers, fails where the freeze takes the last
-        # ones out of a model.
+        # Every rank computes these buffers alike. DDP, which broadcasts buffers, fails if the freeze removes a model's
+        # last ones.
         own = {f"{GATES}.{name}" for name, _ in getattr(model, GATES).named_buffers()}
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             model, own.union(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
@@ -279,7 +279,7 @@ class GateController:
 
         With a budget exactly the budget's number stays open, the best by `criterion`; otherwise the scores >= tau.
         Open blocks become stock PEFT LoRA; closed ones lose their parameters and their optimizer state. With `rewind`
-        open blocks restart if `step` freezes with steps to come, and not here: nothing would be left of them.
+        open blocks restart only if `step` freezes with steps to come; here their training would be lost.
 
         Raises:
             RuntimeError: if a score is not finite, the adapter is merged, or DDP does not allow unused parameters.

@@ -14,17 +14,17 @@ FOLDER = "adapter"  # in the folder of a state
 def checkpoint_gates(accelerator: Accelerator, gates: GateController) -> None:
     """Let `accelerator.save_state` save the gates, and `load_state` restore them before it loads the model.
 
-    Without it a state from after the freeze does not load, and one from before it starts without its penalty. Call it
-    after `accelerator.prepare`. The gates lie in `adapter/` beside the state: a stock PEFT adapter of that moment.
-    After `load_state`, `gates.steps` is the number of steps that were done.
+    Without it a state from after the freeze does not load, and one from before it loses its schedule. Call it after
+    `accelerator.prepare`. The gates are saved as a stock PEFT adapter in `adapter/` beside the state. After
+    `load_state`, `gates.steps` is the number of finished steps.
 
     Args:
         accelerator: of the loop, on one process or under DDP.
         gates: of its model.
 
     Raises:
-        ValueError: under DeepSpeed and FSDP, which only `GatedLoraTrainer` resumes; in `load_state`, where the state is
-            without gates, of a run with another model or configuration, or from elsewhere than gates that froze.
+        ValueError: under DeepSpeed and FSDP, which only `GatedLoraTrainer` resumes; in `load_state`, if the state has no
+            gates, is of another model or configuration, or has other open blocks than gates that are frozen.
     """
     if engine_for(accelerator).manages:
         raise ValueError(

@@ -33,13 +33,13 @@ class GatedLoraTrainingArguments(TrainingArguments):
     instance `--gate_target_active '{"vision": 0.05, "text": 0.0}'`.
 
     Raises:
-        ValueError: where a gate field is out of its range.
+        ValueError: if a gate field is out of its range.
     """
 
     gate_kind: str = field(default="straight_through", metadata={"help": "straight_through, sigmoid or hard_concrete"})
     gate_target_active: str = field(default="0.05", metadata={"help": "open fraction, JSON {regex: fraction}, or none"})
     gate_lambda: float | None = field(default=None, metadata={"help": "penalty weight; default: steered"})
-    gate_tau: float = field(default=0.1, metadata={"help": "a gate is open where its score is at least this"})
+    gate_tau: float = field(default=0.1, metadata={"help": "a gate is open if its score is at least this"})
     gate_init: float = field(default=0.15, metadata={"help": "initial score"})
     gate_learning_rate: float = field(default=0.01, metadata={"help": "learning rate of the scores"})
     gate_warmup_ratio: float = field(default=0.1, metadata={"help": "fraction of the run before the penalty starts"})
@@ -92,7 +92,7 @@ class GatedLoraTrainer(HubTrainer):
         gates: the `GateController`; with `model_init` that of the newest model.
 
     Raises:
-        ValueError, TypeError: as `attach_gates`, and where model and `peft_config` do not go together.
+        ValueError, TypeError: as `attach_gates`, and if model and `peft_config` do not go together.
     """
 
     def __init__(
@@ -120,8 +120,8 @@ class GatedLoraTrainer(HubTrainer):
         if model is not None:
             model = self._gate(model, args)
         if args is not None and args.activation_checkpointing:
-            # Reentrant checkpointing gives no gradient to blocks whose input needs none, as in a frozen vision tower;
-            # where it is asked for, `_gate` makes the inputs need one.
+            # Reentrant checkpointing gives no gradient to blocks whose input needs none, as in a frozen vision tower.
+            # If it is asked for, `_gate` makes the inputs require a gradient.
             args.activation_checkpointing_kwargs = {
                 "use_reentrant": False,
                 **(args.activation_checkpointing_kwargs or {}),
@@ -152,7 +152,7 @@ class GatedLoraTrainer(HubTrainer):
         return model
 
     def call_model_init(self, trial=None):
-        """A new model from `model_init`, with gates of its own by the training arguments as they are now."""
+        """A new model from `model_init`, with new gates by the current training arguments."""
         if trial is not None:
             # Trainer would give the trial's settings to the arguments only after the model is made.
             self._hp_search_setup(trial)
@@ -172,7 +172,7 @@ class GatedLoraTrainer(HubTrainer):
         return (result[0] + penalty, *result[1:]) if return_outputs else result + penalty
 
     def penalty(self, num_items_in_batch=None) -> torch.Tensor:
-        """The gates' penalty as a `compute_loss` adds it: it counts once per optimizer step, and not in evaluation.
+        """The gates' penalty for a `compute_loss` to add: it counts once per optimizer step, and is 0 in evaluation.
 
         Args:
             num_items_in_batch: what Trainer passed to `compute_loss`.
@@ -184,7 +184,7 @@ class GatedLoraTrainer(HubTrainer):
             return torch.zeros((), device=self.args.device)
         penalty = self.gates.penalty()
         self._penalty_sum, self._penalty_count = self._penalty_sum + penalty.detach(), self._penalty_count + 1
-        # Trainer divides the loss by the number of micro-batches only where it was not normalised over all of them.
+        # Trainer divides the loss by the number of micro-batches unless it was normalised over all of them.
         scaled = self.loss_is_scaled_for_ga
         if scaled is None:
             by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -195,7 +195,7 @@ class GatedLoraTrainer(HubTrainer):
         """Trainer's step.
 
         Raises:
-            RuntimeError: where the loss is not finite.
+            RuntimeError: if the loss is not finite.
         """
         loss = super().training_step(model, inputs, num_items_in_batch)
         # Trainer reads the loss on the host at every step unless logging_nan_inf_filter is off.
@@ -280,7 +280,7 @@ class GatedLoraTrainer(HubTrainer):
             raise ValueError(
                 f"{checkpoint} was written by a {written} run, this is a {here} run, which cannot read that one's "
                 "optimizer state. Resume with the launcher config of that run, or load the adapter with "
-                "PeftModel.from_pretrained(base_model, checkpoint, is_trainable=True) and train anew."
+                "PeftModel.from_pretrained(base_model, checkpoint, is_trainable=True) and start a new run."
             )
         folder = adapter_folder(checkpoint, self.gates.adapter_name)
         saving.check_resumable(self.gates, folder)
