@@ -21,7 +21,7 @@ def group_modules(model: PeftModel, modules: list[str], config: GateConfig) -> d
             blocks.setdefault(lora_layers.layer_of(model, name), []).append(name)
         return blocks
     texts = [[name] for name in modules]
-    groups = _partition("granularity", config.granularity, modules, texts, "LoRA module")
+    groups = _partition("granularity", list(config.granularity), modules, texts, "LoRA module")
     return {pattern: [modules[i] for i in members] for pattern, members in groups.items()}
 
 
@@ -99,7 +99,7 @@ def gate_costs(
         return [1.0] * len(blocks)
     if cost == "parameters":
         return [float(sum(multiplications[m][0] for m in members)) for members in blocks.values()]
-    if cost == "compute":
+    if not isinstance(cost, dict):  # "compute"
         # Three products for an adapter's forward and backward, and one for each base layer between the block and the
         # output of its tower, through which the gradient has to come down: what the block costs on its own. Of several
         # open blocks the earliest decides how far down, which no sum over blocks can say.

@@ -8,9 +8,10 @@ run is launched with in `engine_for`.
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -50,7 +51,7 @@ class Engine:
         """Shape of the whole parameter."""
         return parameter.shape
 
-    def gathered(self, parameters: list[Tensor]) -> AbstractContextManager:
+    def gathered(self, parameters: Sequence[Tensor]) -> AbstractContextManager:
         """Within this context `whole` sees the whole parameters. Collective if they are partitioned."""
         return nullcontext()
 
@@ -62,11 +63,11 @@ class Engine:
         """Overwrite the whole parameter, in the model and in the optimizer's copy. Collective if it is partitioned."""
         parameter.copy_(value)
 
-    def scores(self, gates: list[nn.Module]) -> Tensor:
+    def scores(self, gates: Sequence[Any]) -> Tensor:
         """The scores of all gates, shape (N,), with gradient to them. Collective if they are partitioned."""
         return torch.cat([gate.score for gate in gates])
 
-    def updates(self, optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> bool:
+    def updates(self, optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> bool:
         """Whether a torch optimizer updates any of the parameters."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return any(id(p) in held for p in parameters)
@@ -236,7 +237,7 @@ def writer_of(checkpoint: Path) -> Engine:
 
 
 @torch.no_grad()
-def read(parameters: list[Tensor]) -> list[Tensor]:
+def read(parameters: Sequence[Tensor]) -> list[Tensor]:
     """The whole parameters, detached. Collective if they are partitioned."""
     engines = [engine_of(parameter) for parameter in parameters]
     partitioned = [p for p, engine in zip(parameters, engines, strict=True) if engine.partitioned]

@@ -132,6 +132,8 @@ class Gate(nn.Module):
     The score is read inside `forward`, because engines that shard parameters gather them around a module's call.
     """
 
+    state: Tensor | None
+
     def __init__(self, kind: GateKind, device: torch.device):
         super().__init__()
         self.kind = kind

@@ -11,7 +11,7 @@ from collections import Counter
 
 import torch
 import torch.utils._python_dispatch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -237,13 +237,13 @@ def _adapter_names(layer: LoraLayer) -> set[str]:
     return set(layer.lora_A) | set(layer.lora_embedding_A)
 
 
-def check_targets(model: nn.Module, config: LoraConfig) -> None:
+def check_targets(model: nn.Module, config: PeftConfig) -> None:
     """Check that every entry of `target_modules` matches at least one module of `model`.
 
     Raises:
         ValueError: naming the entries that match nothing, what they may be called here, and what there is.
     """
-    missing = missing_targets(model, config.target_modules)
+    missing = missing_targets(model, getattr(config, "target_modules", None))
     if missing:
         raise ValueError(explain_missing(model, missing))
 
@@ -357,8 +357,8 @@ def fingerprint(layers: dict[str, LoraLayer]) -> str:
     digest = hashlib.sha256()
     for name, layer in layers.items():
         (weight,) = engines.read([layer.get_base_layer().weight])
-        head = weight.flatten()[:64]
-        head = [] if head.is_meta else head.float().cpu().tolist()
+        first = weight.flatten()[:64]
+        head = [] if first.is_meta else first.float().cpu().tolist()
         digest.update(repr((name, tuple(weight.shape), [f"{value:.5g}" for value in head])).encode())
     return digest.hexdigest()[:16]
 
@@ -397,7 +397,7 @@ def exact_targets(names: list[str], every: list[str], config: dict) -> dict:
     # PEFT matches targets as suffixes: what a full name would catch besides itself must be excluded, by a pattern
     # (which it matches in full), because names in a list would again be suffixes.
     caught = {other for other in every for name in names if other.endswith(f".{name}")} - set(names)
-    fields = {
+    fields: dict = {
         "target_modules": list(names),
         "exclude_modules": "|".join(re.escape(name) for name in sorted(caught)) or None,
         "layers_to_transform": None,

@@ -12,7 +12,7 @@ from .engines import engine_of
 
 logger = logging.getLogger(__name__)
 
-_EVERY = weakref.WeakSet()
+_EVERY: "weakref.WeakSet[Optimizers]" = weakref.WeakSet()
 
 
 def _notice(optimizer, args, kwargs) -> None:

@@ -80,7 +80,7 @@ def _is_conv(module: nn.Module) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, Conv1D)) or (_is_conv(module) and module.groups == 1)
+    return isinstance(module, (nn.Linear, Conv1D)) or (isinstance(module, CONVS) and module.groups == 1)
 
 
 def _repeats(module: nn.Module) -> bool:

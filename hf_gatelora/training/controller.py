@@ -62,12 +62,12 @@ class GateController:
         self._fingerprint = lora_layers.fingerprint(layers)
 
         device = lora_layers.lora_parameters(next(iter(layers.values())), adapter_name)[0].device
-        gates = nn.ModuleList(Gate(self._kind, device) for _ in self.blocks)
+        gates = [Gate(self._kind, device) for _ in self.blocks]
         for gate, members in zip(gates, self.blocks.values(), strict=True):
             for name in members:
                 lora_layers.install(layers[name], adapter_name, gate)
         # The gates hang on the PeftModel, outside PEFT's own layers: PEFT takes everything on those for the adapter.
-        model.add_module(GATES, nn.ModuleDict({adapter_name: gates}))
+        model.add_module(GATES, nn.ModuleDict({adapter_name: nn.ModuleList(gates)}))
         # Every rank computes these buffers alike. DDP, which broadcasts buffers, fails if the freeze removes a model's
         # last ones.
         own = {f"{GATES}.{name}" for name, _ in getattr(model, GATES).named_buffers()}
@@ -80,8 +80,9 @@ class GateController:
         self.penalty_count = 0  # how many penalties were part of a loss, counted in its backward
         self._optimizers = Optimizers(self._block_parameters)
 
-        model.save_pretrained = partial(saving.save_pretrained, self)
-        model.push_to_hub = partial(saving.push_to_hub, self)
+        vars(model).update(
+            save_pretrained=partial(saving.save_pretrained, self), push_to_hub=partial(saving.push_to_hub, self)
+        )
         self._refresh()
 
     @property
@@ -270,7 +271,7 @@ class GateController:
         self._penalty.steer(self._scores, self.progress)
         state = self._kind.state(self.progress, self.steps, len(gates), self._scores.device)
         if state is not None:
-            torch._foreach_copy_([gate.state for gate in gates], list(state.split(1)))
+            torch._foreach_copy_([gate.state for gate in gates if gate.state is not None], list(state.split(1)))
 
     # ---- freeze -------------------------------------------------------------------------------------------------
 

@@ -23,8 +23,8 @@ def checkpoint_gates(accelerator: Accelerator, gates: GateController) -> None:
         gates: of its model.
 
     Raises:
-        ValueError: under DeepSpeed and FSDP, which only `GatedLoraTrainer` resumes; in `load_state`, if the state has no
-            gates, is of another model or configuration, or has other open blocks than gates that are frozen.
+        ValueError: under DeepSpeed and FSDP, which only `GatedLoraTrainer` resumes; in `load_state`, if the state has
+            no gates, is of another model or configuration, or has other open blocks than gates that are frozen.
     """
     if engine_for(accelerator).manages:
         raise ValueError(

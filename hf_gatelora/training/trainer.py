@@ -124,7 +124,7 @@ class GatedLoraTrainer(HubTrainer):
             # If it is asked for, `_gate` makes the inputs require a gradient.
             args.activation_checkpointing_kwargs = {
                 "use_reentrant": False,
-                **(args.activation_checkpointing_kwargs or {}),
+                **dict(args.activation_checkpointing_kwargs or {}),
             }
 
         self._penalty_sum, self._penalty_count = 0.0, 0
@@ -311,12 +311,13 @@ class GatedLoraTrainer(HubTrainer):
 
     def _load_adapters(self, checkpoint) -> None:
         # Trainer would take the adapter at the top of the folder for the one that is called "default".
-        active = self.model.active_adapters
-        for name in self.model.peft_config:
+        model = self.gates.model
+        active = model.active_adapters
+        for name in model.peft_config:
             folder = Path(checkpoint) if name == "default" else Path(checkpoint) / name
             if name == self.gates.adapter_name:
                 folder = adapter_folder(checkpoint, name)
-            self.model.load_adapter(str(folder), name, is_trainable=name in active)
+            model.load_adapter(str(folder), name, is_trainable=name in active)
 
     def _determine_best_metric(self, metrics, trial):
         best = super()._determine_best_metric(metrics, trial)
