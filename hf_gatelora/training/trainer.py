@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -124,7 +125,7 @@ class GatedLoraTrainer(HubTrainer):
             # If it is asked for, `_gate` makes the inputs require a gradient.
             args.activation_checkpointing_kwargs = {
                 "use_reentrant": False,
-                **dict(args.activation_checkpointing_kwargs or {}),
+                **cast(dict, args.activation_checkpointing_kwargs or {}),
             }
 
         self._penalty_sum, self._penalty_count = 0.0, 0
