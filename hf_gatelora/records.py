@@ -1,6 +1,6 @@
 """What a run leaves behind: the names of its files, how they are written, and the rows of `results.jsonl`.
 
-Every table and card reads its numbers from those rows, one per measurement.
+Tables and cards read every number from those rows, one row per measurement.
 """
 
 import json
@@ -10,9 +10,10 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import fmean
 
 RESULTS_FILE, SUMMARY_FILE, STATE_FILE = "results.jsonl", "gates.json", "gatelora_state.safetensors"
 RUN_FILE = "gatelora_run.txt"  # in an output folder: which run was last started there
@@ -22,19 +23,86 @@ EVAL_RESULTS = ".eval_results/hf_gatelora.yaml"
 TITLES = {"id": "ID", "ood": "OOD", "retention": "retention"}  # in tables, by role
 ROLES = tuple(TITLES)
 TRAINED = "cost", "train"  # role and data of the rows that name what an adapter was trained on
-# What stands for a set where one number is wanted: the first of these that was measured on it, else its first metric.
-PRIMARY = ("knn_top1", "top1", "image_to_text_recall@1")
+# Types of the fields of a row, as far as tables and cards rely on them; others may be missing.
+REQUIRED = {"method": str, "role": str, "data": str, "split": str, "metric": str, "value": int | float, "n": int}
+FIELDS = {
+    **REQUIRED,
+    **dict.fromkeys(("title", "unit", "model", "dataset", "revision"), str),
+    **dict.fromkeys(("arguments", "versions"), dict),
+    "wise": int | float,
+    "step": int,
+    "classes": list,
+}
+# Training arguments that are recorded even if they have their defaults.
+ALWAYS = {"learning_rate", "num_train_epochs", "per_device_train_batch_size"}
 PACKAGES = ("hf_gatelora", "torch", "transformers", "peft", "accelerate", "datasets")
-# Arguments of an evaluation that do not change the value of a row: which rows there are, and how fast they come.
-SAME_VALUES = ("id", "ood", "retention", "scales", "batch_size", "device")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What the value of a results row means.
+
+    Rows hold the name alone where `METRICS` has the metric, else all of these fields: whoever reads them knows what
+    they mean, so a new metric needs no place in this file.
+
+    Args:
+        name: in rows and in the log of a Trainer.
+        title: in tables; default: the name.
+        unit: `"%"` for fractions, which tables show in percent; otherwise what stands behind the value, by default
+            nothing.
+        higher_is_better: None, the default: not known, or neither.
+        needs_head: whether a classification head gives the value; default: False.
+    """
+
+    name: str
+    title: str = ""
+    unit: str = ""
+    higher_is_better: bool | None = None
+    needs_head: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "title", self.title or self.name.replace("_", " "))
+
+    @property
+    def heading(self) -> str:
+        """Title and unit."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+    def number(self, value: float, sign: str = "") -> str:
+        """A value as text, without its unit; `sign="+"` for a change, in points where the unit is percent."""
+        return f"{100 * value:{sign}z.1f}" if self.unit == "%" else f"{value:{sign}z.4g}"
+
+    def fields(self) -> dict:
+        """What a row says of its metric."""
+        stated = asdict(self) if METRICS.get(self.name) != self else {"name": self.name}
+        return {"metric": stated.pop("name"), **stated}
+
+
+TOP1 = Metric("top1", "accuracy", "%", True, needs_head=True)
+ECE = Metric("ece", "ECE", "%", False, needs_head=True)
+KNN_TOP1 = Metric("knn_top1", "k-NN accuracy", "%", True)
+RECALLS = [
+    Metric(f"{way}_recall@{k}", unit="%", higher_is_better=True)
+    for way in ("image_to_text", "text_to_image")
+    for k in (1, 5, 10)
+]
+METRICS = {metric.name: metric for metric in (TOP1, ECE, KNN_TOP1, *RECALLS)}
+# What stands for a set where one number is wanted: the first of these that was measured on it, else its first metric.
+PRIMARY = (KNN_TOP1.name, TOP1.name, RECALLS[0].name)
+
+
+def metric_of(row: dict) -> Metric:
+    """The metric of a row, by its name or its own fields; one that nobody knows is a plain number."""
+    stated = {key: row[key] for key in ("title", "unit", "higher_is_better", "needs_head") if key in row}
+    known = METRICS.get(row["metric"])
+    return known if known and not stated else Metric(row["metric"], **stated)
 
 
 class Results:
     """Measurements of one run, written to `path` after each one.
 
     Args:
-        path: the JSONL file; what it held is replaced at the first measurement. None, for all processes but one,
-            writes nothing.
+        path: the JSONL file, which the first measurement replaces. None, for all processes but one, writes nothing.
         common: fields that every row gets, for instance model, seed and arguments.
     """
 
@@ -51,7 +119,8 @@ class Results:
                 `method`: how the model was made, for instance `"base"`, `"lora"` or `"gated"`;
                 `role`: `"id"`, `"ood"`, `"retention"`, or `"cost"` for sizes and times;
                 `data`, `split`: name of the data set and its part;
-                `metric`, `value`: what was measured; accuracies are fractions;
+                `metric`, `value`: name and value of what was measured, with the other fields of a `Metric` that is not
+                    in `METRICS`;
                 `n`: number of samples behind the value;
                 and whatever else is known.
         """
@@ -85,66 +154,64 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def read_results(path: str | os.PathLike) -> list[dict]:
-    """The rows of a results file."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    """The rows of a results file.
+
+    Raises:
+        ValueError: if it is not a results file; names the line.
+    """
+    rows = []
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(_checked(json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: not a row of a results file ({error}).") from error
+    return rows
+
+
+def _checked(row) -> dict:
+    if not isinstance(row, dict):
+        raise ValueError(f"{type(row).__name__} in place of an object")
+    for key, kind in FIELDS.items():
+        found = row.get(key)
+        if not isinstance(found, kind) and (found is not None or key in REQUIRED):
+            raise ValueError(f"{key!r} is {'missing' if found is None else repr(found)[:50]}")
+    return row
 
 
 def read_earlier(path: str | os.PathLike) -> list[dict]:
-    """The rows of a results file that others are to be added to; none where there is no file.
+    """The rows of a results file that others are to be added to; none if there is no file.
 
     Raises:
-        ValueError: where it cannot be read, or is a folder.
+        ValueError: if it cannot be read or is a folder.
     """
     if Path(path).is_dir():
         raise ValueError(f"{path} is a folder: give a file for the results.")
-    try:
-        return read_results(path) if Path(path).is_file() else []
-    except ValueError as error:
-        raise ValueError(f"{path} is no results file, and is left as it is ({error}).") from error
+    return read_results(path) if Path(path).is_file() else []
 
 
-def update_results(rows: list[dict], path: str | os.PathLike) -> None:
-    """Add rows to a results file; those of the same measurement (adapter, method, set, metric, scale) are replaced.
+def primary_rows(rows: list[dict], role: str) -> list[dict]:
+    """For each set of a role the row that stands for it: of the first metric of `PRIMARY`, else of its first metric.
 
-    Of what is measured again two kinds of rows are dropped, as they cannot be compared with the new ones: those of a
-    set of the same name from another source, and those of other scales that were measured with other arguments.
-
-    Raises:
-        ValueError: where the file cannot be read.
+    Percentages and other numbers have no common mean: sets without a percentage are left out if others have one, and
+    so are those of another unit or direction than the first.
     """
-
-    def on_set(row: dict) -> tuple:
-        return tuple(row.get(key) for key in ("adapter", "method", "role", "data"))
-
-    def measured(row: dict) -> tuple:
-        return *on_set(row), row["metric"], row.get("wise")
-
-    def how(row: dict) -> str:
-        stated = {key: value for key, value in row.get("arguments", {}).items() if key not in SAME_VALUES}
-        return json.dumps(stated, sort_keys=True)
-
-    before = read_earlier(path)
-    new = {measured(row) for row in rows}
-    sources = {(row.get("adapter"), row["role"], row["data"]): row["split"] for row in rows}
-    ways = {on_set(row): how(row) for row in rows}
-    kept = [
-        row
-        for row in before
-        if measured(row) not in new
-        and sources.get((row.get("adapter"), row["role"], row["data"]), row["split"]) == row["split"]
-        and ("wise" not in row or ways.get(on_set(row), how(row)) == how(row))
-    ]
-    write_results([*kept, *rows], path)
+    sets: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        if row["role"] == role:
+            sets.setdefault(row["data"], {})[row["metric"]] = row
+    chosen = [found[next((m for m in PRIMARY if m in found), next(iter(found)))] for found in sets.values()]
+    kinds = [(metric_of(row).unit, metric_of(row).higher_is_better) for row in chosen]
+    kind = min(kinds, key=lambda kind: kind[0] != "%", default=None)
+    return [row for row, own in zip(chosen, kinds, strict=True) if own == kind]
 
 
 def primary(rows: list[dict], role: str) -> float | None:
-    """Mean over the sets of a role of each one's primary metric; None where nothing was measured."""
-    sets: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row["role"] == role:
-            sets.setdefault(row["data"], {})[row["metric"]] = row["value"]
-    values = [found[next((m for m in PRIMARY if m in found), next(iter(found)))] for found in sets.values()]
-    return sum(values) / len(values) if values else None
+    """Mean over the sets of a role of each one's primary metric; None if nothing was measured."""
+    found = primary_rows(rows, role)
+    return fmean(row["value"] for row in found) if found else None
 
 
 def label(row: dict) -> str:
@@ -164,16 +231,18 @@ def package_versions() -> dict[str, str]:
 
 
 def not_default(training) -> dict:
-    """The training arguments (`TrainingArguments`) that differ from their defaults, as plain values for JSON.
+    """The training arguments (`TrainingArguments`) that differ from their defaults, and rate, epochs and batch size.
 
-    Without tokens and the folders of this machine, because they are published with the adapter.
+    As plain values for JSON, without tokens and the folders of this machine: they are published with the adapter.
     """
-    # Not from an instance with the defaults: making one would set the processes up anew, without use_cpu.
+    # Not from an instance with the defaults: making one would set up the processes again, without use_cpu.
     defaults = {f.name: f.default for f in fields(training)}
+    always = ALWAYS - ({"num_train_epochs"} if training.max_steps > 0 else set())
     found = {
         name: without_paths(value)
         for name, value in training.to_dict().items()
-        if (value or defaults[name]) and str(value) != str(defaults[name]) and not name.endswith("_token")
+        if name in always
+        or ((value or defaults[name]) and str(value) != str(defaults[name]) and not name.endswith("_token"))
     }
     return json.loads(json.dumps(found, default=lambda value: without_paths(str(value))))
 

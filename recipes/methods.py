@@ -27,7 +27,7 @@ from hf_gatelora.card.write import write_card
 from hf_gatelora.evaluation.adapter import measure_base, measure_tuned
 from hf_gatelora.evaluation.images import LabelledImages, eval_sets, parse_named_sources
 from hf_gatelora.evaluation.suite import EvalSet, Suite
-from hf_gatelora.records import RESULTS_FILE, Results, not_default, read_results, write_results
+from hf_gatelora.records import ALWAYS, RESULTS_FILE, Results, not_default, read_results, write_results
 from hf_gatelora.training.engines import EngineTrainer
 
 ADAPTER_FILE, MODEL_FILE = "adapter_model.safetensors", "model.safetensors"
@@ -271,8 +271,12 @@ class Run:
             {key: value for key, value in stated.items() if key not in NOT_OF_THE_METHOD}
             for stated in (rows[0]["arguments"], here)
         )
-        # What is not listed is as good as empty.
-        changed = sorted(key for key in before | now if (before.get(key) or None) != (now.get(key) or None))
+        # What is not listed is as good as empty; earlier versions did not list all of `ALWAYS`.
+        changed = sorted(
+            key
+            for key in before | now
+            if (before.get(key) or None) != (now.get(key) or None) and not (key in ALWAYS and key not in before)
+        )
         if changed:
             raise ValueError(
                 f"{file} was written with other settings ({', '.join(changed)}): give another --output_dir, or leave "

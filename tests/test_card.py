@@ -252,8 +252,8 @@ def test_unreadable_results_do_not_lose_an_adapter(tmp_path, caplog):
     trainer.train()
     trainer.save_model()
     for text, message in {
-        "not json\n": "cannot be read",
-        '{"loss": 1}\n': "no results file of hf_gatelora",
+        "not json\n": "line 1: not a row of a results file",
+        '{"loss": 1}\n': "'method' is missing",
     }.items():
         (tmp_path / RESULTS_FILE).write_text(text)
         caplog.clear()

@@ -244,8 +244,29 @@ def test_results_of_several_adapters_and_ways(adapters, world, gatelora, tmp_pat
     assert measured() == [*first, *second]
     gatelora("evaluate", adapters / "checkpoint", *line, "--prompt", "a {}", "--batch-size", "3")
     assert measured() == [*first, *second]
-    gatelora("evaluate", adapters / "checkpoint", *line, "--prompt", "a {} square")
+    err = gatelora("evaluate", adapters / "checkpoint", *line, "--prompt", "a {} square")[2]
     assert measured() == [first[0], first[2], *second]
+    assert "dropped what was measured of gated at scale 0.5 on 'test' with another templates" in err
+
+
+def test_evaluate_measures_as_the_run_did(adapters, world, gatelora, tmp_path):
+    """With the run's prompts and neighbours, unless others are given."""
+    shutil.copytree(adapters / "stock", tmp_path / "clip")
+    shutil.copytree(adapters / "headed", tmp_path / "dino")
+    row = {"method": "lora", "role": "ood", "data": "x", "split": "", "metric": "top1", "value": 1, "n": 1}
+    ways = {"clip": {"prompt": "a {} square", "templates": None}, "dino": {"knn_k": 3, "knn_temperature": 0.5}}
+    for name, arguments in ways.items():
+        write_results([{**row, "arguments": arguments}], tmp_path / name / "results.jsonl")
+
+    def stated(name, *more):
+        out = gatelora("evaluate", tmp_path / name, "--id", world / "saved", "--json", *more)[1]
+        return json.loads(out)[0]["arguments"]
+
+    assert stated("clip")["templates"] == ["a {} square"]
+    assert stated("clip", "--prompt", "{}")["templates"] == ["{}"]
+    found = stated("dino", "--bank", f"test={world / 'data.parquet'}")
+    assert (found["k"], found["temperature"]) == (3, 0.5)
+    assert stated("dino", "--bank", f"test={world / 'data.parquet'}", "--knn-k", "2")["k"] == 2
 
 
 def test_evaluate_a_classifier(adapters, world, gatelora, tmp_path):
@@ -263,7 +284,7 @@ def test_evaluate_a_classifier(adapters, world, gatelora, tmp_path):
     assert rows["base", "test", "top1", None] == rows["lora", "test", "top1", 0.0]
     assert (status, err.count("brought its head")) == (0, 0)
     status, _, err = gatelora(*line, "--wise", "0.5")
-    assert (status, "it cannot be scaled" in err) == (2, True)
+    assert (status, "cannot be scaled" in err) == (2, True)
 
 
 @pytest.mark.parametrize("spelling", [str, str.upper])
@@ -366,7 +387,7 @@ def test_doctor_of_the_machine(gatelora, monkeypatch, tmp_path):
         ("wise {adapters}/headed 0.5 {new}", "pass the base model whose head it replaces (--model)"),
         ("combine {adapters}/gated=much {new}", "'much' is no number"),
         ("combine {adapters}/gated {adapters}/headed {new}", "are on different base models"),
-        ("evaluate {adapters}/gated", "Nothing is to be measured"),
+        ("evaluate {adapters}/gated", "There is nothing to measure"),
         ("evaluate {adapters}/gated --ood {world}/saved", "give name=source"),
         ("evaluate {adapters}/gated --id {world}/none.parquet", "no such file or folder"),
         ("evaluate {adapters}/gated --id {world}/saved --prompt photo", "has no {{}} for the class name"),

@@ -1,5 +1,6 @@
 """Every measure against an independent reference: scikit-learn, open_clip, loops, or values by hand."""
 
+import json
 import logging
 import socket
 import subprocess
@@ -11,19 +12,26 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from models import CLASSES, Images, collate, prompts, tiny_clip, tiny_dinov2
+from models import CLASSES, FAMILIES, Images, collate, lora_config, prompts, tiny_clip, tiny_dinov2
+from peft import get_peft_model
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
+from hf_gatelora import RetentionCallback
+from hf_gatelora.card.tables import results_table
+from hf_gatelora.cli.evaluate import describe_results
 from hf_gatelora.evaluation import knn
 from hf_gatelora.evaluation.classification import accuracy, expected_calibration_error
 from hf_gatelora.evaluation.knn import knn_logits
 from hf_gatelora.evaluation.linear_probe import fit_linear_probe
-from hf_gatelora.evaluation.metrics import Accuracy, CalibrationError, as_compute_metrics
+from hf_gatelora.evaluation.metrics import LOGIT_METRICS, Accuracy, CalibrationError, LogitMetric, as_compute_metrics
+from hf_gatelora.evaluation.results import update_results
 from hf_gatelora.evaluation.retrieval import recall_at
+from hf_gatelora.evaluation.suite import ClassifierSuite, EvalSet, Suite, rows_of_base
 from hf_gatelora.evaluation.templates import imagenet_class_names, prompt_templates
 from hf_gatelora.evaluation.zero_shot import ensemble_text_features, text_features
+from hf_gatelora.records import METRICS, TOP1, Metric, metric_of, primary, read_results, write_results
 
 
 def features_of(count, classes, width=6, seed=0, spread=1.0):
@@ -74,7 +82,7 @@ UNIT = torch.eye(4)
 BAD_KNN = {
     "k": ((UNIT, UNIT, torch.arange(4), 4, 5), r"k = 5 neighbours cannot be taken from a bank of 4 rows"),
     "no_k": ((UNIT, UNIT, torch.arange(4), 4, 0), "give 1 <= k"),
-    "width": ((UNIT[:, :3], UNIT, torch.arange(4), 4, 1), r"shape \(4, 3\) and bank of shape \(4, 4\) do not fit"),
+    "width": ((UNIT[:, :3], UNIT, torch.arange(4), 4, 1), r"shape \(4, 3\) and bank of shape \(4, 4\) do not match"),
     "labels": ((UNIT, UNIT, torch.arange(3), 4, 1), "one label for each of the 4 rows"),
     "label_above": ((UNIT, UNIT, torch.arange(4), 3, 1), "between 0 and 3, outside the 3 classes"),
     "label_below": ((UNIT, UNIT, torch.arange(4) - 1, 4, 1), "between -1 and 2, outside"),
@@ -169,7 +177,7 @@ def test_linear_probe_takes_half_precision_and_constant_features():
 @pytest.mark.parametrize(
     ("labels", "arguments", "message"),
     [
-        ([0, 1, 2], {}, r"shape \(4, 2\) and labels of shape \(3,\) do not fit"),
+        ([0, 1, 2], {}, r"shape \(4, 2\) and labels of shape \(3,\) do not match"),
         ([0, 0, 0, 0], {}, r"the labels hold 1 classes \(\[0\]\)"),
         ([0, 1, 2, 3], {}, "between 0 and 3, outside the 3 classes"),
         ([-1, 0, 1, 1], {}, "between -1 and 1, outside"),
@@ -225,14 +233,17 @@ BAD_SCORES = {
     "top_k": (lambda: accuracy(LOGITS, torch.zeros(3), 5), "top-5 accuracy does not exist for 4 classes"),
     "logits": (lambda: expected_calibration_error(LOGITS - 1, torch.zeros(3)), "Apply a softmax"),
     "sum": (lambda: expected_calibration_error(LOGITS + 0.5, torch.zeros(3)), "sums between 2 and 2"),
-    "nan": (lambda: expected_calibration_error(LOGITS * torch.nan, torch.zeros(3)), "no probabilities"),
+    "nan": (lambda: accuracy(LOGITS * torch.nan, torch.zeros(3)), "3 of 3 rows of logits hold NaN"),
+    "nan_ece": (lambda: expected_calibration_error(LOGITS * torch.nan, torch.zeros(3)), "outputs are not finite"),
+    "above": (lambda: accuracy(LOGITS, torch.tensor([0, 1, 4])), r"between 0 and 4, outside the 4 classes 0 \.\.\. 3"),
+    "below": (lambda: CalibrationError().measure(LOGITS, torch.tensor([0, -1, 1])), "between -1 and 1, outside"),
     "bins": (lambda: expected_calibration_error(LOGITS + 0.25, torch.zeros(3), 0), "bins = 0"),
     "no_metric": (as_compute_metrics, "at least one metric"),
     "no_labels": (lambda: as_compute_metrics(Accuracy())(EvalPrediction(LOGITS, None)), "check label_names"),
-    "rows": (lambda: as_compute_metrics(Accuracy())(EvalPrediction(LOGITS, np.zeros(2))), "3 rows of logits and 2"),
+    "rows": (lambda: as_compute_metrics(Accuracy())(EvalPrediction(LOGITS, np.zeros(2))), r"shape \(2,\) do not match"),
     "twice": (
         lambda: as_compute_metrics(Accuracy(), Accuracy())(EvalPrediction(LOGITS.numpy(), np.zeros(3, int))),
-        "two metrics give 'accuracy'",
+        "Two metrics give 'top1'",
     ),
 }
 
@@ -396,10 +407,10 @@ def cache(tmp_path, monkeypatch):
 def test_metrics_of_batches(cache):
     logits, labels = random_logits()
     for metric, expected in (
-        (Accuracy(), {"accuracy": accuracy(logits, labels)}),
-        (Accuracy([3]), {"accuracy": accuracy(logits, labels), "top3_accuracy": accuracy(logits, labels, 3)}),
-        (CalibrationError(), {"calibration_error": expected_calibration_error(logits.softmax(1), labels)}),
-        (CalibrationError(3), {"calibration_error": expected_calibration_error(logits.softmax(1), labels, 3)}),
+        (Accuracy(), {"top1": accuracy(logits, labels)}),
+        (Accuracy([3]), {"top1": accuracy(logits, labels), "top3": accuracy(logits, labels, 3)}),
+        (CalibrationError(), {"ece": expected_calibration_error(logits.softmax(1), labels)}),
+        (CalibrationError(3), {"ece": expected_calibration_error(logits.softmax(1), labels, 3)}),
     ):
         assert isinstance(metric, evaluate.Metric)
         assert metric.description
@@ -409,7 +420,7 @@ def test_metrics_of_batches(cache):
             metric.add_batch(predictions=logits[rows], references=labels[rows])
         assert metric.compute() == pytest.approx(expected)
         assert metric.compute(predictions=logits.tolist(), references=labels.tolist()) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="don't match the expected format"):
+    with pytest.raises(ValueError, match=r"logits of shape \(200,\)"):
         Accuracy().compute(predictions=labels, references=labels)
     assert not cache.exists()
 
@@ -431,10 +442,10 @@ def test_metrics_in_a_trainer(cache, tmp_path):
         logits, labels = model(Images().pixels).logits, Images().labels
     right = logits.argmax(1) == labels
     second = logits.scatter(1, logits.argmax(1, keepdim=True), -torch.inf).argmax(1) == labels
-    assert measured["eval_accuracy"] == pytest.approx(right.float().mean().item())
-    assert measured["eval_top2_accuracy"] == pytest.approx((right | second).float().mean().item())
+    assert measured["eval_top1"] == pytest.approx(right.float().mean().item())
+    assert measured["eval_top2"] == pytest.approx((right | second).float().mean().item())
     expected = expected_calibration_error(logits.softmax(1), labels)
-    assert measured["eval_calibration_error"] == pytest.approx(expected, abs=1e-6)
+    assert measured["eval_ece"] == pytest.approx(expected, abs=1e-6)
     assert not cache.exists()
 
 
@@ -443,8 +454,171 @@ def test_compute_metrics_takes_the_first_of_several_outputs_and_many_rows():
     prediction = EvalPrediction((logits.numpy(), np.zeros((2500, 2))), labels.numpy())
     compute_metrics = as_compute_metrics(Accuracy())
     for _ in range(2):  # nothing is left of the first call
-        assert compute_metrics(prediction) == pytest.approx({"accuracy": accuracy(logits, labels)})
+        assert compute_metrics(prediction) == pytest.approx({"top1": accuracy(logits, labels)})
     assert all(type(value) is float for value in compute_metrics(prediction).values())
+
+
+# ---- what a value means: suites, rows and tables -----------------------------------------------------------------
+
+NLL = Metric("nll", "NLL", "nats", higher_is_better=False, needs_head=True)
+
+
+class LogLoss(LogitMetric):
+    """Negative log-likelihood."""
+
+    def measure(self, logits, labels):
+        return {NLL: torch.nn.functional.cross_entropy(logits, labels).item()}
+
+
+def test_one_metric_serves_suites_trainers_and_tables(tmp_path):
+    """All that a new metric needs is its class."""
+    model, images = tiny_dinov2().eval(), Images(8)
+    with torch.no_grad():
+        logits = model(images.pixels).logits
+    expected = torch.nn.functional.cross_entropy(logits, images.labels).item()
+    prediction = EvalPrediction(logits.numpy(), images.labels.numpy())
+    assert as_compute_metrics(LogLoss())(prediction) == pytest.approx({"nll": expected})
+    sets = [EvalSet("id", "x", images, labels=images.labels)]
+    suite = ClassifierSuite(sets=sets, logit_metrics=(*LOGIT_METRICS, LogLoss()))
+    rows = [{"method": "base", **row} for row in suite.measure(model)]
+    assert [row["metric"] for row in rows] == ["top1", "ece", "nll"]
+    assert rows[2]["value"] == pytest.approx(expected)
+    write_results(rows, tmp_path / "results.jsonl")
+    assert [metric_of(row) for row in read_results(tmp_path / "results.jsonl")] == [TOP1, METRICS["ece"], NLL]
+
+
+def measured(metric, *values, role="id", data="x"):
+    """Rows of the base and of an adapter."""
+    row = {"role": role, "data": data, "split": "", "n": 4, **metric}
+    return [{**row, "method": method, "value": value} for method, value in zip(("base", "gated"), values)]
+
+
+@pytest.mark.parametrize(
+    ("metric", "cells", "line"),
+    [
+        (NLL.fields(), ["NLL", "1.9 nats", "1.1 nats", "-0.8"], ["NLL", "(nats)", "4", "1.9", "1.1", "(-0.8)"]),
+        ({"metric": "my_score"}, ["my score", "1.9", "1.1", "-0.8"], ["my", "score", "4", "1.9", "1.1", "(-0.8)"]),
+    ],
+)
+def test_tables_show_values_in_their_unit(metric, cells, line):
+    rows = measured(metric, 1.9, 1.1)
+    assert [cell.strip() for cell in results_table(rows).splitlines()[2].split("|")[3:7]] == cells
+    assert describe_results(rows).splitlines()[1].split()[2:] == line
+    rows = measured(TOP1.fields(), 0.50001, 0.5)  # a change that rounds to zero has no minus
+    assert results_table(rows).splitlines()[2].split("|")[6].strip() == "+0.0"
+    assert describe_results(rows).splitlines()[1].split()[-2:] == ["50.0", "(+0.0)"]
+
+
+def test_one_number_of_a_role_does_not_mix_units():
+    rows = measured(NLL.fields(), 3.0) + measured(TOP1.fields(), 0.5, data="y") + measured(TOP1.fields(), 0.7, data="z")
+    assert primary(rows, "id") == pytest.approx(0.6)
+    assert primary(rows[:1], "id") == 3.0
+    assert primary(rows, "ood") is None
+
+
+@pytest.mark.parametrize(
+    ("on_id", "on_retention", "base", "now", "kept"),
+    [
+        (TOP1, TOP1, 0.9, 0.895, 0.6),
+        (TOP1, TOP1, 0.9, 0.8, -0.1),
+        (TOP1, NLL, 0.9, 0.8, 0.6),  # a loss that falls is kept
+        (TOP1, NLL, 0.8, 0.9, -0.1),
+        (NLL, TOP1, 0.9, 0.9, None),  # the largest would be the worst
+        (Metric("score"), TOP1, 0.9, 0.9, None),
+    ],
+)
+def test_id_kept_knows_what_is_better(on_id, on_retention, base, now, kept):
+    class Given(Suite):
+        def metrics(self, model, data, title):
+            return {on_id: 0.6} if data.role == "id" else {on_retention: base if title.startswith("base") else now}
+
+    sets = [EvalSet(role, role, Images(4), captions=["a"] * 4) for role in ("id", "retention")]
+    model = get_peft_model(FAMILIES["dinov2"]["model"](), lora_config(FAMILIES["dinov2"]["model"]()))
+    means = RetentionCallback(Given(sets=sets))._measure(model)[2]
+    assert means.get("eval_id_kept") == (None if kept is None else pytest.approx(kept))
+
+
+def test_a_head_that_nobody_trained_is_not_a_base():
+    rows = [
+        row
+        for role in ("id", "retention")
+        for m in (TOP1, NLL, METRICS["knn_top1"])
+        for row in measured(m.fields(), 1, role=role)
+    ]
+    assert rows_of_base(rows, trained_head=True) == rows
+    counted = [(row["role"], row["metric"]) for row in rows_of_base(rows, trained_head=False)]
+    assert counted == [("id", "knn_top1"), *(("retention", name) for name in ("top1", "nll", "knn_top1"))]
+
+
+def test_what_cannot_be_compared_is_dropped_with_a_word(tmp_path, caplog):
+    """A run's arguments and an evaluation's say the same in different words."""
+
+    def rows(arguments, scales=(None,), data="x", **more):
+        made = [{**row, "arguments": arguments, **more} for row in measured(TOP1.fields(), 0.5, 0.6, data=data)]
+        return [
+            {**row, "wise": s} if s is not None else row
+            for s in scales
+            for row in made
+            if s is None or row["method"] != "base"
+        ]
+
+    run = {"prompt": "a {}", "templates": None, "learning_rate": 0.1, "knn_k": 5}
+    write_results([*rows(run, (None, 0.5)), *rows(run, data="y")], tmp_path / "r.jsonl")
+    update_results(rows({"templates": ["a {}"], "batch_size": 3, "k": 5}), tmp_path / "r.jsonl")
+    found = [(r["method"], r["data"], r.get("wise")) for r in read_results(tmp_path / "r.jsonl")]
+    x, half = [("base", "x", None), ("gated", "x", None)], ("gated", "x", 0.5)
+    y = [("base", "y", None), ("gated", "y", None)]
+    assert (found, caplog.text) == ([half, *y, *x], "")
+    update_results(rows({"templates": ["the {}"]}), tmp_path / "r.jsonl")
+    assert [(r["method"], r["data"], r.get("wise")) for r in read_results(tmp_path / "r.jsonl")] == [*y, *x]
+    assert "dropped what was measured of gated at scale 0.5 on 'x' with another templates" in caplog.text
+    update_results(rows({}, (0.5,), data="y", split="other"), tmp_path / "r.jsonl")
+    assert [(r["method"], r["data"], r.get("wise")) for r in read_results(tmp_path / "r.jsonl")] == [
+        *x,
+        ("gated", "y", 0.5),
+    ]
+    assert "on 'y' with another source" in caplog.text
+
+
+def test_bad_results_files_name_the_line(tmp_path):
+    (row, *_) = measured(TOP1.fields(), 0.5)
+    file = tmp_path / "r.jsonl"
+    file.write_text(json.dumps({**row, "data": "a\u2028b"}, ensure_ascii=False) + "\n\n")  # not the end of a line
+    assert read_results(file)[0]["data"] == "a\u2028b"
+    for bad, message in {
+        "[1]": "list in place of an object",
+        json.dumps({**row, "value": "high"}): "'value' is 'high'",
+        json.dumps({**row, "n": None}): "'n' is missing",
+        json.dumps({**row, "arguments": []}): r"'arguments' is \[\]",
+        "[" * 100_000: "line 2",
+    }.items():
+        file.write_text(json.dumps(row) + "\n" + bad + "\n")
+        with pytest.raises(ValueError, match=message):
+            read_results(file)
+
+
+def test_sets_take_lists_and_check_them_at_once():
+    images = Images(4)
+    data = EvalSet("id", "x", images, labels=[0, 1, 2, 3], class_names=("a", "b", "c", "d"))
+    assert (data.labels.tolist(), data.class_names) == ([0, 1, 2, 3], ["a", "b", "c", "d"])
+    bank = EvalSet("id", "x", images, labels=[0, 0, 0, 0], class_names=["b", "a"])
+    for more, message in {
+        "labels": ({"labels": [0, 1]}, r"id set 'x' \(s\) has 4 images, but 2 labels"),
+        "captions": ({"captions": ["a"] * 5}, "has 4 images, but 5 captions"),
+        "float": ({"labels": [0.0] * 4}, "labels are float32 of shape"),
+        "outside": ({"labels": [0, 1, 2, 2], "class_names": ["a", "b"]}, "labels lie between 0 and 2, outside the 2"),
+        "twice": ({"labels": [0] * 4, "class_names": ["a", "a"]}, "'a' comes twice"),
+        "order": ({"labels": [0] * 4, "class_names": ["a", "b"], "bank": bank}, "class 0 is 'b' and 'a'"),
+    }.values():
+        with pytest.raises(ValueError, match=message):
+            EvalSet("id", "x", images, "s", **more)
+    model = tiny_dinov2()
+    model.config.id2label = {str(i): name for i, name in enumerate("abcd")}
+    suite = ClassifierSuite(sets=[data])
+    assert suite.measure(model)[0]["metric"] == "top1"
+    data.class_names = ["b", "a", "c", "d"]
+    with pytest.raises(ValueError, match="class 0 is 'b' and 'a'"):
+        suite.measure(model)
 
 
 def test_what_is_not_used_is_not_imported():

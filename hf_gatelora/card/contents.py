@@ -18,17 +18,21 @@ from ..config import GateConfig
 from ..records import (
     FRONTIER,
     GATE_MAP,
+    KNN_TOP1,
     PRIMARY,
     RESULTS_FILE,
     SUMMARY_FILE,
     TITLES,
+    TOP1,
     TRAINED,
+    metric_of,
     read_results,
     without_paths,
 )
 from . import tables
-from .tables import METRICS, measured, metric_name
+from .tables import measured
 
+HUB_ACCURACIES = (TOP1.name, KNN_TOP1.name)  # of the Hub's metric "accuracy"
 TEMPLATE = Path(__file__).with_name("template.md")
 # Arguments that the card's other parts show, or that say where and how a run was started, not what was trained.
 NOT_SHOWN = {
@@ -227,8 +231,8 @@ class AdapterCard:
                     dataset_name=f"{row['data']} ({TITLES[row['role']]})",
                     dataset_split=_split_of(row),
                     dataset_revision=row.get("revision"),
-                    metric_type=METRICS.get(row["metric"], (row["metric"],))[0],
-                    metric_name=metric_name(row),
+                    metric_type="accuracy" if row["metric"] in HUB_ACCURACIES else row["metric"],
+                    metric_name=metric_of(row).title,
                     metric_value=row["value"],
                 )
             )
@@ -259,7 +263,7 @@ class AdapterCard:
                     task_id=_split_of(row) or "default",
                     value=row["value"],
                     dataset_revision=row.get("revision"),
-                    notes=f"{TITLES[role]}, {metric_name(row)}, n = {row['n']}",
+                    notes=f"{TITLES[role]}, {metric_of(row).title}, n = {row['n']}",
                 )
             )
         return entries
@@ -287,9 +291,6 @@ def _split_of(row: dict) -> str | None:
 
 
 def _rows_of_adapter(rows: list[dict], directory: Path) -> list[dict]:
-    needed = {"method", "role", "data", "split", "metric", "value", "n"}
-    if any(not isinstance(row, dict) or not needed <= set(row) for row in rows):
-        raise ValueError(f"it is no results file of hf_gatelora: its rows lack some of {', '.join(sorted(needed))}.")
     methods = {row["method"] for row in rows} - {"base"}
     if len(methods) > 1:
         if directory.absolute().name not in methods:

@@ -3,10 +3,9 @@
 from collections.abc import Callable
 from statistics import fmean
 
-from ..records import ROLES, TITLES, TRAINED, primary, without_paths
+from tabulate import tabulate
 
-# Metric of a results row: its identifier on the Hub, and its name in the table.
-METRICS = {"top1": ("accuracy", "accuracy"), "knn_top1": ("accuracy", "k-NN accuracy"), "ece": ("ece", "ECE")}
+from ..records import ECE, ROLES, TITLES, TRAINED, metric_of, primary, without_paths
 
 
 def measured(rows: list[dict], method: str | None = None, wise: float | None = None) -> list[dict]:
@@ -25,13 +24,13 @@ def missing(rows: list[dict]) -> list[str]:
 
 def results_table(rows: list[dict]) -> str:
     """ID, OOD and retention with the base beside them, one line per set and metric, without the calibration."""
-    return _compare(rows, lambda metric: metric != "ece")
+    return _compare(rows, lambda metric: metric != ECE.name)
 
 
 def calibration_table(rows: list[dict]) -> str | None:
     """The same for the expected calibration error; None where it was not measured."""
-    known = any(row["metric"] == "ece" for row in measured(rows))
-    return _compare(rows, lambda metric: metric == "ece") if known else None
+    known = any(row["metric"] == ECE.name for row in measured(rows))
+    return _compare(rows, lambda metric: metric == ECE.name) if known else None
 
 
 def _compare(rows: list[dict], wanted: Callable[[str], bool]) -> str:
@@ -44,12 +43,12 @@ def _compare(rows: list[dict], wanted: Callable[[str], bool]) -> str:
             own = [row for row in found if row["metric"] == metric]
             for row in own:
                 before = base.get((role, row["data"], metric))
-                lines.append([title, row["data"], metric_name(row), *_compared(row, before), f"{row['n']:,}"])
+                lines.append([title, row["data"], metric_of(row).title, *_compared(row, before), f"{row['n']:,}"])
             if 1 < len(own) == len(sets):
                 befores = [base.get((role, row["data"], metric)) for row in own]
                 mean = {**own[0], "value": fmean(row["value"] for row in own)}
                 before = None if None in befores else fmean(befores)
-                lines.append([title, "**mean**", metric_name(mean), *_compared(mean, before), ""])
+                lines.append([title, "**mean**", metric_of(mean).title, *_compared(mean, before), ""])
         if not found:
             lines.append([title, "", "", "not measured", "not measured", "", ""])
     return markdown(lines, numbers_from=3)
@@ -88,36 +87,26 @@ def data_table(rows: list[dict]) -> str:
     return markdown(lines) if len(lines) > 1 else ""
 
 
-def metric_name(row: dict) -> str:
-    """Name of a row's metric in a table."""
-    return METRICS.get(row["metric"], (None, row["metric"].replace("_", " ")))[1]
-
-
 def markdown(lines: list[list[str]], numbers_from: int | None = None) -> str:
     """Lines of cells as a Markdown table that is also readable as text; the first line is the head.
 
     Args:
         numbers_from: the first of the columns that are aligned to the right; None: no column is.
     """
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    right = [numbers_from is not None and i >= numbers_from for i in range(len(widths))]
-    text = [
-        "| " + " | ".join(e.rjust(w) if r else e.ljust(w) for e, w, r in zip(line, widths, right)) + " |"
-        for line in lines
-    ]
-    rule = "|".join("-" * (width + 1) + (":" if r else "-") for width, r in zip(widths, right))
-    return "\n".join([text[0], f"|{rule}|", *text[1:]])
+    left = len(lines[0]) if numbers_from is None else numbers_from
+    align = ["left"] * left + ["right"] * (len(lines[0]) - left)
+    # The head is given as a row: tabulate would widen its columns.
+    rule, head, *rows = tabulate(lines, tablefmt="pipe", disable_numparse=True, colalign=align).split("\n")
+    return "\n".join([head, rule.replace(":-", "--"), *rows])
 
 
 def _value(row: dict, value: float | None, sign: str = "") -> str:
     if value is None:
         return "not measured"
-    if row["metric"] in METRICS or "recall@" in row["metric"]:
-        return f"{100 * value:{sign}.1f}" + ("" if sign else " %")
-    return f"{value:{sign}.4g}"
+    metric = metric_of(row)
+    return metric.number(value, sign) + (f" {metric.unit}" if metric.unit and not sign else "")
 
 
 def _compared(row: dict, before: float | None) -> list[str]:
-    now = row["value"]
-    change = "" if before is None or now is None else _value(row, now - before, "+")
-    return [_value(row, before), _value(row, now), change]
+    change = "" if before is None else _value(row, row["value"] - before, "+")
+    return [_value(row, before), _value(row, row["value"]), change]

@@ -17,6 +17,7 @@ SOURCES = """
 A SOURCE of images is a Hub id, a folder of images, a folder that save_to_disk wrote, or a parquet or arrow file, with
 an optional :split. Labels are a ClassLabel column, strings, or numbers that --class-names
 FILE names; in a folder of images they are the names of its subfolders.
+Prompts, --retrieval and --knn-k are by default those of the results beside the adapter, if there are any.
 
   gatelora evaluate outputs/gated --id user/sketches:test --ood photo=user/photos:test --retention old=user/old:test
 """
@@ -104,7 +105,9 @@ def parser() -> argparse.ArgumentParser:
     prompts.add_argument("--prompt", help='CLIP: class prompt; default "a photo of a {}"')
     prompts.add_argument("--templates", choices=("simple", "openai"), help="CLIP: an ensemble of prompts instead")
     command.add_argument(
-        "--retrieval", action="store_true", help="CLIP: measure ID and OOD sets that have captions by retrieval"
+        "--retrieval",
+        action=argparse.BooleanOptionalAction,
+        help="CLIP: measure ID and OOD sets that have captions by retrieval",
     )
     command.add_argument("--label-column", default="label", metavar="NAME", help="default: label")
     command.add_argument(
@@ -115,14 +118,14 @@ def parser() -> argparse.ArgumentParser:
         "JSON list or {number: name}",
     )
     command.add_argument("--caption-column", default="caption", metavar="NAME", help="default: caption")
-    command.add_argument("--knn-k", type=_positive, default=20, metavar="K", help="neighbours that vote; default 20")
+    command.add_argument("--knn-k", type=_positive, metavar="K", help="neighbours that vote; default 20")
     command.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default 64")
     command.add_argument("--device", help="default: a GPU where there is one")
     command.add_argument(
         "--output",
         metavar="FILE",
         help="results file; default: results.jsonl in the adapter's folder. Rows of the "
-        "same measurements are replaced, others stay",
+        "same measurements are replaced, others stay; what cannot be compared with the new rows is dropped, and named",
     )
 
     command = add("fold", "adapters:fold", "write a checkpoint as a stock adapter, with its open blocks only")

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..evaluation.adapter import evaluate_adapter
 from ..evaluation.images import parse_named_sources
 from ..evaluation.templates import prompt_templates
-from ..records import TITLES, label
+from ..records import ROLES, TITLES, label, metric_of
 from .text import table
 
 
@@ -37,22 +37,24 @@ def evaluate(arguments: Namespace) -> tuple[list[dict], str, int]:
         output=output,
     )
     then = "" if arguments.output else f"; gatelora card {arguments.adapter} puts it on the card"
-    return rows, f"{describe_results(rows)}\n\nIn %, with the change against the base. Written to {output}{then}", 0
+    return rows, f"{describe_results(rows)}\n\nIn brackets the change against the base. Written to {output}{then}", 0
 
 
 def describe_results(rows: list[dict]) -> str:
     """One line per set and metric, one column per method and scale."""
-    cells: dict[tuple, dict[str, float]] = {}
-    for row in sorted(rows, key=lambda row: list(TITLES).index(row["role"])):
-        line = (f"{TITLES[row['role']]} {row['data']}", row["metric"], f"{row['n']:,}")
-        cells.setdefault(line, {})[label(row)] = 100 * row["value"]
-    methods = list(dict.fromkeys(["base", *(method for found in cells.values() for method in found)]))
+    lines: dict[tuple, dict[str, dict]] = {}
+    for row in sorted(rows, key=lambda row: ROLES.index(row["role"])):
+        line = (f"{TITLES[row['role']]} {row['data']}", metric_of(row).heading, f"{row['n']:,}")
+        lines.setdefault(line, {})[label(row)] = row
+    methods = list(dict.fromkeys(["base", *(method for found in lines.values() for method in found)]))
 
-    def cell(found: dict[str, float], method: str) -> str:
+    def cell(found: dict[str, dict], method: str) -> str:
         if method not in found:
             return "not measured"
-        change = f" ({found[method] - found['base']:+.1f})" if "base" in found and method != "base" else ""
-        return f"{found[method]:.1f}{change}"
+        metric, value = metric_of(found[method]), found[method]["value"]
+        known = "base" in found and method != "base"
+        change = f" ({metric.number(value - found['base']['value'], '+')})" if known else ""
+        return f"{metric.number(value)}{change}"
 
-    lines = [[*line, *[cell(found, method) for method in methods]] for line, found in cells.items()]
-    return table([["set", "metric", "n", *methods], *lines])
+    cells = [[*line, *[cell(found, method) for method in methods]] for line, found in lines.items()]
+    return table([["set", "metric", "n", *methods], *cells])

@@ -1,10 +1,11 @@
 """Text for people."""
 
+from textwrap import indent as indented
+
+from tabulate import tabulate
+
 
 def table(lines: list[list[str]], indent: str = "") -> str:
     """Cells in columns, of which the first is aligned to the left and the others to the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        (indent + "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])).rstrip()
-        for line in lines
-    )
+    align = ["left"] + ["right"] * (len(lines[0]) - 1)
+    return indented(tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=align), indent)

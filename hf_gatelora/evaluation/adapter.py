@@ -1,9 +1,8 @@
-"""Measuring an adapter beside its base: on sets named by their sources, at any scale."""
+"""Measuring an adapter beside its base, on sets that are named by their sources, at any scale."""
 
 import copy
 import logging
 import os
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,24 +14,26 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, PreTraine
 
 from ..adapters.bases import load_adapted, load_base, load_processor, load_reporting
 from ..adapters.export import check_scalable, scaled
+from ..adapters.files import read_rows
 from ..adapters.inspection import Adapter, inspect_adapter
 from ..gates.lora_layers import PLAIN_INITS
-from ..records import Results, read_earlier, read_results, update_results
-from .backbone import split_classifier
+from ..records import Results, read_earlier
+from .backbone import head_names, split_classifier
 from .images import LabelledImages, eval_sets
 from .labels import read_class_names
 from .published import classifier_suite, plain_name
-from .suite import ClipSuite, Suite
+from .results import update_results, way_of
+from .suite import ClipSuite, Suite, rows_of_base
 
 logger = logging.getLogger(__name__)
 
 
 def measure_base(suite: Suite, model: nn.Module, base: Callable[[], nn.Module]) -> list[dict]:
-    """Rows of the untouched base: the adapted model with its adapter disabled, where that is the same.
+    """Rows of the untouched base: the adapted model with its adapter disabled, if that is the same.
 
     Args:
-        model: what was tuned.
-        base: makes the base anew; called where `model` has no adapter, or one that changed the base weights.
+        model: the tuned model.
+        base: makes the base; called if `model` has no adapter, or one that changed the base weights.
     """
     if isinstance(model, PeftModel) and model.peft_config["default"].init_lora_weights in PLAIN_INITS:
         with model.disable_adapter():
@@ -58,14 +59,14 @@ def evaluate_adapter(
     retention: dict[str, str] | None = None,
     bank: dict[str, str] | None = None,
     templates: list[str] | None = None,
-    retrieval: bool = False,
+    retrieval: bool | None = None,
     head_label_map: dict[str, str] | None = None,
     scales: list[float] = (),
     label_column: str = "label",
     class_names: str | os.PathLike | None = None,
     caption_column: str = "caption",
-    k: int = 20,
-    temperature: float = 0.07,
+    k: int | None = None,
+    temperature: float | None = None,
     batch_size: int = 64,
     device: str | None = None,
     output: str | os.PathLike | None = None,
@@ -74,39 +75,41 @@ def evaluate_adapter(
 
     A `CLIPModel` is measured zero-shot or by retrieval (`ClipSuite`); an image classifier or vision backbone by its
     head, by the head that the base was published with, and by k-NN (`ClassifierSuite`). Sources are as for
-    `load_images`. Where the adapter brought its classification head, the base is measured by a head on ID and OOD sets
+    `load_images`. If the adapter brought its classification head, the base is measured by a head on ID and OOD sets
     only if `model` is given, as a copy of the base with the head that the training started from.
+
+    What is None is measured the way that the results beside the adapter were measured, else by the default named here.
 
     Args:
         adapter: folder or Hub id of a LoRA adapter, of this package or not.
-        model: folder or Hub id of its base; None takes the one that the adapter names.
-        id: source of the ID set, called `test` in the rows.
+        model: folder or Hub id of its base; default: the one that the adapter names.
+        id: source of the ID set, which rows call `test`.
         ood, retention: sources by the names of the sets. OOD sets have the classes of the ID set or a part of them.
         bank: by the name of a set, a source of labelled images whose neighbours vote on it (k-NN).
-        templates: prompts with {} for the class name; None takes "a photo of a {}".
-        retrieval: measure ID and OOD sets that have captions by retrieval, even where they have labels.
+        templates: prompts with {} for the class name; "a photo of a {}".
+        retrieval: whether ID and OOD sets that have captions are measured by retrieval even if they have labels; False.
         head_label_map: by the name of a retention set, a JSON file {class: output of the published head}.
         scales: of the adapter, to measure besides 1 (WiSE-FT).
         label_column, caption_column: names of these columns.
         class_names: file with the classes of the ID and OOD sets (see `read_class_names`), which names labels that are
-            whole numbers. None takes the classes of the first of these sets.
-        k, temperature: of k-NN.
+            whole numbers. Default: the classes of the first of these sets.
+        k, temperature: of k-NN; 20 and 0.07.
         batch_size: images per forward pass.
-        device: None takes a GPU where there is one.
-        output: results file. Rows of the same measurements are replaced, others stay; None writes nothing.
+        device: default: a GPU if there is one.
+        output: results file, to which the rows are added by `update_results`; None writes nothing.
 
     Returns:
         The new rows: role, data, split, metric, value, n, and what every row of a results file has. `method` is `base`
-        and, for the adapter, that of the results which lie beside it, else `gated` or `lora`; unless `output` lies in
-        the adapter's folder, `adapter` tells it apart from others.
+        or, for the adapter, the method of the results beside it, else `gated` or `lora`. Unless `output` lies in the
+        adapter's folder, `adapter` tells it apart from others.
 
     Raises:
-        ValueError: where adapter, base and sets do not go together, or nothing is to be measured.
+        ValueError: if adapter, base and sets do not match, or there is nothing to measure.
     """
     arguments = {key: value for key, value in locals().items() if value and key not in ("adapter", "output")}
     arguments = {key: str(v) if isinstance(v, os.PathLike) else v for key, v in arguments.items()}
     if not (id or ood or retention):
-        raise ValueError("Nothing is to be measured: give an ID, OOD or retention set.")
+        raise ValueError("There is nothing to measure: give an ID, OOD or retention set.")
     if any(not 0 <= scale <= 1 for scale in scales):
         raise ValueError(f"scales {list(scales)} are out of range: they lie between 0 (the base) and 1 (the adapter).")
     named = read_class_names(class_names) if class_names else None
@@ -129,15 +132,23 @@ def evaluate_adapter(
         raise ValueError("bank and head_label_map are for vision backbones: a CLIPModel is measured without them.")
     if not is_clip and (templates or retrieval):
         raise ValueError(f"Prompts, templates and retrieval are for CLIPModel: {type(base).__name__} reads no texts.")
+    beside = read_rows(found.folder)
+    stated = [*(row.get("arguments") or {} for row in beside), (found.summary or {}).get("arguments") or {}]
+    run = next((way for arguments in stated if (way := way_of(arguments))), {})
     if is_clip:
-        arguments["templates"] = templates = list(templates or ["a photo of a {}"])
+        templates = list(templates or run.get("templates") or ["a photo of a {}"])
+        retrieval = run.get("retrieval", False) if retrieval is None else retrieval
+        arguments |= {"templates": templates, "retrieval": retrieval}
+    else:
+        k, temperature = k or run.get("k", 20), temperature or run.get("temperature", 0.07)
+        arguments |= {"k": k, "temperature": temperature}
     published = None if is_clip else _published_head(base, new_head, name)
-    # The published head is not the one that the training of another began with.
+    # The published head is not the one that another head's training started from.
     headless = not is_clip and (new_head or model is None) and _brought_head(found, base)
     if scales and headless:
         raise ValueError(
-            f"{found.folder} brought its head, and the one that it started from is not known: it cannot be scaled. "
-            "Give as model a copy of the base that has that head."
+            f"{found.folder} cannot be scaled: it brought its head, and the head that this started from is not known. "
+            "Give a copy of the base that has it as model."
         )
     tuned = load_adapted(base, found).to(device)
     processor = load_processor(AutoImageProcessor, found.folder, name)
@@ -161,8 +172,8 @@ def evaluate_adapter(
         classes = named or load_target(next(iter({**id_sets, **(ood or {})}.values()))).class_names
         if classes is not None and not is_clip:
             classes = _head_order(found, base, new_head, classes)
-    sets = eval_sets("id", id_sets, load_target, classes, bank, retrieval)
-    sets += eval_sets("ood", ood or {}, load_target, classes, bank, retrieval)
+    sets = eval_sets("id", id_sets, load_target, classes, bank, bool(retrieval))
+    sets += eval_sets("ood", ood or {}, load_target, classes, bank, bool(retrieval))
     sets += eval_sets("retention", retention or {}, load, None, bank)
     names = [data.name for data in sets]
     if unknown := sorted(set(head_label_map or {}) - set(retention or {})):
@@ -178,15 +189,14 @@ def evaluate_adapter(
         knn = {"k": k, "temperature": temperature}
         suite = classifier_suite(sets, *published, head_label_map, batch_size=batch_size, **knn)
 
-    method, seed = _identity(found)
+    method, seed = _identity(found, beside)
     base_rows = measure_base(suite, tuned, lambda: load_base(found, model)[0].to(device))
     if headless:
         logger.warning(
-            "The adapter brought its head: the base is not measured by a head on ID and OOD sets. To have that, give "
-            "as model a copy of the base with the head that the training started from."
+            "The adapter brought its head: the base is not measured by a head on ID and OOD sets. To measure it, give "
+            "a copy of the base with the head that the training started from as model."
         )
-        base_rows = [row for row in base_rows if row["role"] == "retention" or row["metric"] not in ("top1", "ece")]
-    rows = [{"method": "base", **row} for row in base_rows]
+    rows = [{"method": "base", **row} for row in rows_of_base(base_rows, not headless)]
     rows += [{"method": method, **row} for row in measure_tuned(suite, tuned, method, scales)]
     own = output is not None and Path(output).parent.resolve() == found.folder.resolve()
     which = {} if own else {"adapter": str(adapter)}
@@ -201,19 +211,16 @@ def _head_order(found: Adapter, base: PreTrainedModel, new_head: bool, own: list
     """Names of the classes in the order of the head's outputs, spelled as in the set.
 
     Args:
-        own: the classes of the set that the adapter is measured on; their order is taken where the head has no names.
+        own: the classes of the set that the adapter is measured on, whose order is taken if the head has no names.
 
     Raises:
-        ValueError: where they are not the head's.
+        ValueError: if they are not the head's.
     """
     if split_classifier(base)[2] is None:
         return own
     count = base.config.num_labels
-    stated = [((found.summary or {}).get("base_model") or {}).get("classes")]
-    if not new_head:
-        stated.append([base.config.id2label[i] for i in range(count)])
-    # LABEL_0 and so on are the placeholders of transformers.
-    named = next((n for n in stated if n and not all(re.fullmatch(r"LABEL_\d+", name) for name in n)), None)
+    stated = ((found.summary or {}).get("base_model") or {}).get("classes") or []
+    named = head_names(dict(enumerate(stated))) or (None if new_head else head_names(base.config.id2label))
     if named is not None and set(own) <= set(named):
         return named
     spelled = {plain_name(name): name for name in own}
@@ -224,7 +231,7 @@ def _head_order(found: Adapter, base: PreTrainedModel, new_head: bool, own: list
         raise ValueError(
             f"The head of {found.folder} tells {count} classes apart{known}, the set has {len(own)} "
             f"({', '.join(own[:3])}, ...): give a set of the classes that it was trained on. If the head has these, "
-            "give as model a copy of the base whose config.json names them in its order (id2label)."
+            "give a copy of the base whose config.json names them in its order (id2label) as model."
         )
     logger.warning("The head's classes have no known names: they are taken to be those of the set, in its order.")
     return own
@@ -236,7 +243,7 @@ def _brought_head(found: Adapter, base: PreTrainedModel) -> bool:
 
 
 def _published_head(base: PreTrainedModel, new_head: bool, name: str) -> tuple[nn.Module | None, dict[int, str]]:
-    """The head that the base was published with, on the CPU (None: there was none), and the names of its classes."""
+    """The head that the base was published with, on the CPU (None if it had none), and the names of its classes."""
     if new_head:
         published, random = load_reporting(type(base), name)
         return (None, {}) if random else (split_classifier(published)[2], published.config.id2label)
@@ -255,10 +262,8 @@ def _tokenizer(found: Adapter, name: str) -> Callable[[list[str]], dict[str, tor
     return tokenize
 
 
-def _identity(found: Adapter) -> tuple[str, int | None]:
-    """Method and seed of the run that made the adapter, as far as its files tell."""
-    file = found.folder / "results.jsonl"
-    rows = read_results(file) if file.is_file() else []
+def _identity(found: Adapter, rows: list[dict]) -> tuple[str, int | None]:
+    """Method and seed of the run that made the adapter, as far as the rows beside it tell."""
     seeds = {row["method"]: row.get("seed") for row in rows if row["method"] != "base"}
     if len(seeds) > 1:
         seeds = {method: seed for method, seed in seeds.items() if method == found.folder.name}

@@ -1,5 +1,6 @@
 """Features of vision backbones: what k-NN compares, what a classification head reads, and what it says."""
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,17 @@ def split_classifier(model: nn.Module) -> tuple[nn.Module, str | None, nn.Module
             "has one head beside its backbone, such as Dinov2, ViT, SigLIP or CLIP."
         )
     return backbone, *next(iter(beside.items()))
+
+
+def head_names(id2label: dict | None) -> list[str] | None:
+    """Names of the classes in the order of a head's outputs; None for placeholders.
+
+    Args:
+        id2label: of the model's config; its keys may be strings.
+    """
+    names = [id2label[key] for key in sorted(id2label or {}, key=int)]
+    # LABEL_0 and so on are the placeholders of transformers.
+    return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 
 
 def backbone_features(

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .classification import check_labels
+
 # Similarities held at a time: 128 MiB in fp32, whatever the number of queries.
 SIMILARITIES = 2**25
 
@@ -11,7 +13,7 @@ def nearest(queries: Tensor, bank: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k rows of the bank with the largest dot product with each query, best first.
 
     Args:
-        queries, bank: features of shape (n, d) and (m, d) on one device. Normalised ones make it the cosine.
+        queries, bank: features of shape (n, d) and (m, d) on one device; if normalised, the dot product is the cosine.
         k: at most m.
 
     Returns:
@@ -42,28 +44,24 @@ def knn_logits(
         Scores of shape (n, num_classes), fp32.
 
     Raises:
-        ValueError: shapes that do not fit, features that are not normalised, k outside 1 ... m, a label outside the
-            classes, a temperature for which fp32 overflows.
+        ValueError: if the shapes do not match, features are not normalised, k lies outside 1 ... m, a label outside the
+            classes, or fp32 overflows at the temperature.
     """
     if queries.ndim != 2 or bank.ndim != 2 or queries.shape[1] != bank.shape[1]:
         raise ValueError(
-            f"queries of shape {tuple(queries.shape)} and bank of shape {tuple(bank.shape)} do not fit: "
+            f"queries of shape {tuple(queries.shape)} and bank of shape {tuple(bank.shape)} do not match: "
             "give (n, d) and (m, d)."
         )
     if bank_labels.shape != bank.shape[:1]:
         raise ValueError(
-            f"bank_labels of shape {tuple(bank_labels.shape)} do not fit: give one label for each of the {len(bank)} "
-            "rows of the bank."
+            f"bank_labels of shape {tuple(bank_labels.shape)} do not match: give one label for each of the "
+            f"{len(bank)} rows of the bank."
         )
     if not 1 <= k <= len(bank):
         raise ValueError(f"k = {k} neighbours cannot be taken from a bank of {len(bank)} rows: give 1 <= k <= rows.")
     if temperature < 0.012:
         raise ValueError(f"temperature = {temperature} makes exp(1 / temperature) overflow: give at least 0.012.")
-    if bank_labels.min() < 0 or bank_labels.max() >= num_classes:
-        raise ValueError(
-            f"bank_labels lie between {bank_labels.min()} and {bank_labels.max()}, outside the {num_classes} classes "
-            f"0 ... {num_classes - 1}."
-        )
+    check_labels(bank_labels, num_classes, "bank_labels")
     for name, features in (("queries", queries), ("bank", bank)):
         norms = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32)
         if not ((norms - 1).abs() < 0.02).all():  # also where a norm is NaN

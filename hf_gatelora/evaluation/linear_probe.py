@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .classification import check_labels
+
 # Bias of a class without samples: its probability is below 1e-43.
 ABSENT = -100.0
 
@@ -16,11 +18,11 @@ def fit_linear_probe(
 
         mean cross-entropy + penalty / 2 · s² · ‖weight‖²,    s² = mean squared distance of the features to their mean
 
-    so the same penalty fits few or many samples, and features of any scale or offset. The bias is not penalised. The
-    penalty is what keeps the probe from a training loss of zero, after which there is nothing left to fine-tune.
+    so the same penalty suits few or many samples, and features of any scale or offset. The bias is not penalised. The
+    penalty keeps the probe from a training loss of zero, which would leave nothing to fine-tune.
 
     Args:
-        features: shape (n, d), of any floating-point type; a copy in fp64 is made of them.
+        features: shape (n, d), of any floating-point type; they are copied in fp64.
         labels: class indices of shape (n,).
         num_classes: number of classes c.
         penalty: weight of the L2 term, 1e-3 by default (a choice of this package). Larger stops earlier.
@@ -31,26 +33,22 @@ def fit_linear_probe(
 
     Raises:
         ImportError: scikit-learn is not installed.
-        ValueError: shapes that do not fit, a label outside the classes, fewer than two classes with samples, a penalty
-            that is not positive, features that are not finite.
+        ValueError: if the shapes do not match, a label lies outside the classes, fewer than two classes have samples,
+            the penalty is not positive, or features are not finite.
     """
     from sklearn.linear_model import LogisticRegression
 
     if features.ndim != 2 or labels.shape != features.shape[:1]:
         raise ValueError(
-            f"features of shape {tuple(features.shape)} and labels of shape {tuple(labels.shape)} do not fit: "
+            f"features of shape {tuple(features.shape)} and labels of shape {tuple(labels.shape)} do not match: "
             "give (n, d) and (n,)."
         )
     if penalty <= 0:
-        raise ValueError(f"penalty = {penalty}: give a positive number, or the probe has no end.")
+        raise ValueError(f"penalty = {penalty}: give a positive number, or the fit does not converge.")
     present = labels.unique().cpu()
     if len(present) < 2:
         raise ValueError(f"the labels hold {len(present)} classes ({present.tolist()}): a probe needs two or more.")
-    if present[0] < 0 or present[-1] >= num_classes:
-        raise ValueError(
-            f"labels lie between {present[0]} and {present[-1]}, outside the {num_classes} classes "
-            f"0 ... {num_classes - 1}."
-        )
+    check_labels(present, num_classes)
     x = features.detach().cpu().double()
     mean = x.mean(dim=0)
     x = x - mean

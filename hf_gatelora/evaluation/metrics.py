@@ -1,7 +1,10 @@
-"""Metrics of classifiers as `evaluate.Metric`s, which load without a network.
+"""Metrics of a classifier's logits, for suites and for the `compute_metrics` of a Trainer alike.
 
-k-NN accuracy and retrieval recall are no `evaluate.Metric`s: their features must come from one state of the model for
-a bank, or for images and texts, that an evaluation loop over one data set does not see. Use `knn_logits` with
+They are `evaluate.Metric`s that load without a network. To add one, write a `LogitMetric` here, and add it to
+`LOGIT_METRICS` if every suite is to measure it.
+
+k-NN accuracy and retrieval recall are not among them: they compare the features of all images with those of a bank or
+of texts, from one state of the model, which an evaluation loop over one data set does not see. Use `knn_logits` with
 `accuracy`, and `recall_at`.
 """
 
@@ -9,20 +12,19 @@ import os
 from collections.abc import Callable, Iterable
 
 import evaluate
+import torch
 from datasets import Features, Sequence, Value
 from torch import Tensor
 from transformers import EvalPrediction
 
+from ..records import ECE, TOP1, Metric
 from .classification import accuracy, expected_calibration_error
-
-# Rows that `evaluate` turns into Python numbers at a time, of some 30 bytes each.
-ROWS = 1024
 
 
 class LogitMetric(evaluate.Metric):
     """Base of the metrics whose predictions are logits (n, classes) and whose references are class indices (n,).
 
-    `_compute` gets both as tensors. Everything stays in memory: processes do not share files, nothing is written.
+    A subclass defines `measure`. Everything stays in memory: processes do not share files, nothing is written.
     """
 
     citation = ""
@@ -30,8 +32,21 @@ class LogitMetric(evaluate.Metric):
     def __init__(self, **kwargs):
         super().__init__(**{"keep_in_memory": True} | kwargs)
 
+    def measure(self, logits: Tensor, labels: Tensor) -> dict[Metric, float]:
+        """What is measured: each value by the `Metric` that says what it means."""
+        raise NotImplementedError
+
+    def compute(self, *, predictions=None, references=None, **kwargs) -> dict[str, float]:
+        """Values by name: of these predictions and references, or of those that `add_batch` collected."""
+        if predictions is None:
+            return super().compute(**kwargs)
+        return self._compute(torch.as_tensor(predictions), torch.as_tensor(references))
+
+    def _compute(self, predictions: Tensor, references: Tensor) -> dict[str, float]:
+        return {metric.name: value for metric, value in self.measure(predictions, references).items()}
+
     def _build_data_dir(self) -> str:
-        # evaluate makes this folder, in its cache, even where nothing is kept there.
+        # evaluate makes this folder, in its cache, even if nothing is kept there.
         return os.devnull if self.keep_in_memory else super()._build_data_dir()
 
     def _info(self) -> evaluate.MetricInfo:
@@ -48,7 +63,7 @@ class LogitMetric(evaluate.Metric):
 
 
 class Accuracy(LogitMetric):
-    """Top-1 accuracy from logits, as `accuracy`, and top-k accuracy as `top{k}_accuracy`.
+    """Accuracy, as `top1`, and top-k accuracy, as `top{k}`.
 
     Args:
         top_k: further values of k, none by default.
@@ -60,13 +75,15 @@ class Accuracy(LogitMetric):
         super().__init__(**kwargs)
         self.top_k = tuple(top_k)
 
-    def _compute(self, predictions: Tensor, references: Tensor) -> dict[str, float]:
-        more = {f"top{k}_accuracy": accuracy(predictions, references, k) for k in self.top_k}
-        return {"accuracy": accuracy(predictions, references), **more}
+    def measure(self, logits, labels):
+        more = {
+            Metric(f"top{k}", f"top-{k} accuracy", "%", True, True): accuracy(logits, labels, k) for k in self.top_k
+        }
+        return {TOP1: accuracy(logits, labels), **more}
 
 
 class CalibrationError(LogitMetric):
-    """Expected calibration error from logits (a softmax makes the probabilities), as `calibration_error`.
+    """Expected calibration error, as `ece`; a softmax makes the probabilities.
 
     Args:
         bins: number of bins of equal width, 15 by default.
@@ -78,14 +95,17 @@ class CalibrationError(LogitMetric):
         super().__init__(**kwargs)
         self.bins = bins
 
-    def _compute(self, predictions: Tensor, references: Tensor) -> dict[str, float]:
-        return {"calibration_error": expected_calibration_error(predictions.softmax(dim=-1), references, self.bins)}
+    def measure(self, logits, labels):
+        return {ECE: expected_calibration_error(logits.softmax(dim=-1), labels, self.bins)}
+
+
+LOGIT_METRICS = (Accuracy(), CalibrationError())
 
 
 def as_compute_metrics(*metrics: evaluate.Metric) -> Callable[[EvalPrediction], dict[str, float]]:
     """Join metrics to a `compute_metrics` of a Trainer.
 
-    The predictions are the model's logits. Where it returns several outputs, they are the first one: of a `CLIPModel`
+    The predictions are the model's logits. If it returns several outputs, they are the first one: of a `CLIPModel`
     `logits_per_image`.
 
     Args:
@@ -95,7 +115,8 @@ def as_compute_metrics(*metrics: evaluate.Metric) -> Callable[[EvalPrediction], 
         A function from an `EvalPrediction` to all results as floats.
 
     Raises:
-        ValueError: no metric. The function raises it where there are no labels, or two metrics give the same name.
+        ValueError: if there is no metric. The function raises it if there are no labels, or two metrics give the same
+            name.
     """
     if not metrics:
         raise ValueError("as_compute_metrics needs at least one metric, for instance Accuracy().")
@@ -104,17 +125,12 @@ def as_compute_metrics(*metrics: evaluate.Metric) -> Callable[[EvalPrediction], 
         logits, labels = prediction.predictions, prediction.label_ids
         logits = logits[0] if isinstance(logits, tuple | list) else logits
         if labels is None or isinstance(labels, tuple | list):
-            raise ValueError("metrics need one array of labels: check label_names of the training arguments.")
-        if len(logits) != len(labels) or not len(labels):
-            raise ValueError(f"{len(logits)} rows of logits and {len(labels)} labels: give one or more of both alike.")
+            raise ValueError("Metrics need one array of labels: check label_names of the training arguments.")
         results = {}
         for metric in metrics:
-            for start in range(0, len(labels), ROWS):
-                rows = slice(start, start + ROWS)
-                metric.add_batch(predictions=logits[rows], references=labels[rows])
-            for name, value in metric.compute().items():
+            for name, value in metric.compute(predictions=logits, references=labels).items():
                 if name in results:
-                    raise ValueError(f"two metrics give {name!r}: leave one of them out.")
+                    raise ValueError(f"Two metrics give {name!r}: leave one of them out.")
                 results[name] = float(value)
         return results
 

@@ -1,18 +1,20 @@
 """Suites of ID, OOD and retention sets, and how each family of models is measured on them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from ..gates import engines
-from ..records import ROLES
-from .backbone import backbone_features
-from .classification import accuracy, expected_calibration_error
+from ..records import KNN_TOP1, ROLES, Metric, metric_of
+from .backbone import backbone_features, head_names
+from .classification import accuracy, check_labels
 from .knn import knn_logits
+from .metrics import LOGIT_METRICS, LogitMetric
 from .retrieval import recall_at
 from .zero_shot import ensemble_text_features, image_features, text_features
 
@@ -24,13 +26,16 @@ class EvalSet:
     Args:
         role: `"id"`, `"ood"` or `"retention"`.
         name, split: how results name it.
-        images: rows with `pixel_values` of shape (3, H, W).
-        labels: class indices of shape (n,), or None.
+        images: n rows with `pixel_values` of shape (3, H, W).
+        labels: n class indices, as a tensor or a list; None by default.
         class_names: what the labels index.
-        captions: one text per image, for retrieval.
-        bank: labelled images whose neighbours vote on these ones (k-NN); the labels mean the same classes.
-        dataset: id of the data set on the Hub, where it is from there: the model card names it in its metadata.
-        revision: commit of that data set, where it is known.
+        captions: n texts, for retrieval.
+        bank: labelled images whose neighbours vote on these ones (k-NN); its labels index the same classes.
+        dataset: id of the data set on the Hub, if it is from there: the model card names it in its metadata.
+        revision: commit of that data set, if it is known.
+
+    Raises:
+        ValueError: if lengths, labels and classes do not match, or there is nothing to measure.
     """
 
     role: str
@@ -47,17 +52,37 @@ class EvalSet:
     def __post_init__(self):
         if self.role not in ROLES:
             raise ValueError(f"role={self.role!r} is not known: use one of {ROLES}.")
+        what = f"{self.role} set {self.name!r}" + (f" ({self.split})" if self.split else "")
         if self.labels is None and self.captions is None:
             raise ValueError(
-                f"{self.role} set {self.name!r} ({self.split}) has neither labels nor captions: nothing can be "
-                "measured. Are its columns called as those of the training images?"
+                f"{what} has neither labels nor captions: nothing can be measured. Are its columns named like those of "
+                "the training images?"
             )
+        if self.labels is not None:
+            self.labels = torch.as_tensor(self.labels)
+            if self.labels.ndim != 1 or self.labels.is_floating_point():
+                found = f"{str(self.labels.dtype).removeprefix('torch.')} of shape {tuple(self.labels.shape)}"
+                raise ValueError(f"{what}: labels are {found}, expected one class index per image.")
+        for name in ("labels", "captions"):
+            found = getattr(self, name)
+            if found is not None and len(found) != len(self.images):
+                raise ValueError(f"{what} has {len(self.images)} images, but {len(found)} {name}: give one per image.")
+        if self.class_names is not None:
+            self.class_names = list(self.class_names)
+            if len(set(self.class_names)) < len(self.class_names):
+                twice = next(name for name in self.class_names if self.class_names.count(name) > 1)
+                raise ValueError(f"{what}: the class name {twice!r} comes twice in class_names.")
+            if self.labels is not None and len(self.labels):
+                check_labels(self.labels, len(self.class_names), f"{what}: labels")
+        bank = self.bank
+        if bank is not None and None not in (bank.class_names, self.class_names):
+            _check_order(f"{what}: the classes of its bank and its own", bank.class_names, self.class_names)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def sample(self, count: int) -> "EvalSet":
-        """At most `count` of the images, always the same ones, and as many of the bank."""
+        """At most `count` of the images, always the same ones, and as many images of the bank."""
         if len(self) <= count:
             rows = range(len(self))
         else:
@@ -77,24 +102,36 @@ class Suite(ABC):
 
     Args:
         sets: what to measure on.
-        batch_size: images per forward pass.
-        num_workers: processes that load images; 0: none.
+        batch_size: images per forward pass, 64 by default.
+        num_workers: processes that load images; 0, the default, loads them in this process.
+        logit_metrics: what is measured from logits and labels; default: accuracy and calibration error.
     """
 
     sets: list[EvalSet]
     batch_size: int = 64
     num_workers: int = 0
+    logit_metrics: Sequence[LogitMetric] = LOGIT_METRICS
 
     @abstractmethod
-    def metrics(self, model: nn.Module, data: EvalSet, title: str) -> dict[str, float]:
-        """Measure a model on one set: metric name to value, accuracies as fractions. Collective."""
+    def metrics(self, model: nn.Module, data: EvalSet, title: str) -> dict[Metric | str, float]:
+        """Measure a model on one set. Collective.
+
+        Returns:
+            Values by their metric, for instance `{Metric("nll", "NLL", "nats", higher_is_better=False): 1.9}`; those of
+            unit `"%"` are fractions. A name stands for one of `records.METRICS`, or for a plain number of which
+            nothing is known.
+        """
+
+    def of_logits(self, logits: Tensor, labels: Tensor) -> dict[Metric, float]:
+        """Measure logits of shape (n, classes) and class indices of shape (n,) by `logit_metrics`."""
+        return {m: value for metric in self.logit_metrics for m, value in metric.measure(logits, labels).items()}
 
     def measure(self, model: nn.Module, title: str = "") -> list[dict]:
         """Measure a model on every set. Collective; shows progress, under `title`.
 
         Returns:
-            One row per metric, with role, data, split, metric, value and n; data sets of the Hub also with dataset and
-            revision.
+            One row per metric, with role, data, split, metric, value and n; also dataset and revision for data sets
+            of the Hub, and the fields of a metric that its name alone does not tell.
         """
         rows = []
         for data in self.sets:
@@ -106,7 +143,9 @@ class Suite(ABC):
                     f"Nothing is measured on the {data.role} set {data.name!r}: it needs classes that the head has, or "
                     "a bank for k-NN."
                 )
-            rows += [{**row, "metric": metric, "value": value} for metric, value in found.items()]
+            for metric, value in found.items():
+                said = metric.fields() if isinstance(metric, Metric) else {"metric": metric}
+                rows.append({**row, **said, "value": value})
         return rows
 
     def sample(self, count: int) -> "Suite":
@@ -116,13 +155,13 @@ class Suite(ABC):
 
 @dataclass(kw_only=True)
 class ClipSuite(Suite):
-    """Zero-shot accuracy and calibration where a set has labels, else image-text retrieval, of a `CLIPModel`.
+    """Zero-shot accuracy and calibration of a `CLIPModel` if a set has labels, else image-text retrieval.
 
     Args:
-        tokenize: from a list of strings to `input_ids` and `attention_mask`.
-        templates: prompts with {} for the class name; a class's text features are their mean.
-        probe: weight (classes, d) and bias (classes,) of a linear classifier on the image features, which then stands
-            in for the class texts on ID and OOD sets.
+        tokenize: makes `input_ids` and `attention_mask` from a list of strings.
+        templates: prompts with {} for the class name; the text features of a class are their mean.
+        probe: weight (classes, d) and bias (classes,) of a linear classifier on the image features, which replaces the
+            class texts on ID and OOD sets.
     """
 
     tokenize: Callable[[list[str]], dict[str, Tensor]]
@@ -135,23 +174,23 @@ class ClipSuite(Suite):
             return recall_at(images, text_features(model, self.tokenize(data.captions)), data.captions)
         if self.probe is not None and data.role != "retention":
             weight, bias = self.probe
-            return _accuracy(images @ weight.T + bias, data.labels)
+            return self.of_logits(images @ weight.T + bias, data.labels)
         names = [name.replace("_", " ") for name in data.class_names]
         classes = ensemble_text_features(model, self.tokenize, names, list(self.templates))
-        return _accuracy(_logit_scale(model) * images @ classes.T, data.labels)
+        return self.of_logits(_logit_scale(model) * images @ classes.T, data.labels)
 
 
 @dataclass(kw_only=True)
 class ClassifierSuite(Suite):
-    """Accuracy and calibration by a classification head, and k-NN accuracy, of a vision backbone.
+    """Accuracy and calibration of a vision backbone by a classification head, and k-NN accuracy.
 
     ID and OOD sets are measured by the model's own head, retention sets by the head that the base model came with.
 
     Args:
-        original_head: the module that the base model was published with; None where it had none.
-        head_classes: by name of the retention set, for each of its classes the index among that head's outputs; what
-            is not named is not measured by it.
-        k, temperature: of k-NN (20 and 0.07 in DINO, arXiv 2104.14294).
+        original_head: the module that the base model was published with; None if it had none.
+        head_classes: by name of a retention set, the output of that head for each of the set's classes; sets that are
+            not named are not measured by it.
+        k, temperature: of k-NN, 20 and 0.07 by default as in DINO (arXiv 2104.14294).
     """
 
     original_head: nn.Module | None = None
@@ -165,10 +204,13 @@ class ClassifierSuite(Suite):
         features = backbone_features(model, data.images, self.batch_size, title, self.num_workers)
         if data.role != "retention":
             if features.logits.shape[1]:  # a bare backbone has no head
-                found |= _accuracy(features.logits, data.labels)
+                names = head_names(model.config.id2label)
+                if names and data.class_names and set(names) == set(data.class_names):
+                    _check_order(f"The classes of {data.name!r} and of the model's id2label", data.class_names, names)
+                found |= self.of_logits(features.logits, data.labels)
         elif data.name in self.head_classes:
             logits = self.original_head(features.head_input)  # on the CPU, where both are
-            found |= _accuracy(logits[:, self.head_classes[data.name]], data.labels)
+            found |= self.of_logits(logits[:, self.head_classes[data.name]], data.labels)
         if data.bank is not None:
             bank = backbone_features(
                 model, data.bank.images, self.batch_size, f"{title}, bank", self.num_workers
@@ -177,15 +219,28 @@ class ClassifierSuite(Suite):
             queries, bank = (nn.functional.normalize(f.to(device), dim=-1) for f in (features.pooled, bank))
             labels = data.bank.labels.to(device)
             votes = knn_logits(queries, bank, labels, len(data.class_names), self.k, self.temperature).cpu()
-            found["knn_top1"] = accuracy(votes, data.labels)
+            found[KNN_TOP1] = accuracy(votes, data.labels)
         return found
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    return {
-        "top1": accuracy(logits, labels),
-        "ece": expected_calibration_error(logits.softmax(-1), labels),
-    }
+def rows_of_base(rows: list[dict], trained_head: bool) -> list[dict]:
+    """The rows of a base model that count: a head that nobody trained is not a base.
+
+    Retention sets always count: they are measured by the published head or without one.
+
+    Args:
+        rows: of the untouched base.
+        trained_head: whether the head that it was measured with on ID and OOD sets is trained, as a published or a
+            fitted one is. A new head that training started from is not.
+    """
+    return [row for row in rows if trained_head or row["role"] == "retention" or not metric_of(row).needs_head]
+
+
+def _check_order(what: str, found: list[str], expected: list[str]) -> None:
+    pairs = enumerate(zip_longest(found, expected))
+    if different := next((pair for pair in pairs if pair[1][0] != pair[1][1]), None):
+        place, (here, there) = different
+        raise ValueError(f"{what} are not in the same order: class {place} is {here!r} and {there!r}.")
 
 
 def _logit_scale(model: nn.Module) -> Tensor:

@@ -10,7 +10,17 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from ..evaluation.suite import Suite
-from ..records import RESULTS_FILE, ROLES, Results, not_default, primary, read_results, write_results
+from ..records import (
+    RESULTS_FILE,
+    ROLES,
+    Results,
+    metric_of,
+    not_default,
+    primary,
+    primary_rows,
+    read_results,
+    write_results,
+)
 from .controller import CONTROLLER
 
 
@@ -25,11 +35,11 @@ class RetentionCallback(TrainerCallback):
 
     The evaluation's metrics get, for each role that the suite has sets of (`id`, `ood`, `retention`):
 
-    * `eval_<role>`: mean over its sets of their primary metric, a fraction;
+    * `eval_<role>`: mean over its sets of their primary metric, for instance accuracy as a fraction;
     * `eval_<role>_delta`: the same minus that of the base;
-    * `eval_id_kept`, where there are ID and retention sets: ID accuracy if at most `max_loss` of retention is lost,
-      else the (negative) change in retention. As `metric_for_best_model` it picks the best ID accuracy among the
-      checkpoints that kept enough, and where none did the one that lost least.
+    * `eval_id_kept`, if there are ID and retention sets, and more is better on ID: ID accuracy if at most `max_loss` of
+      retention is lost, else the (negative) change in retention for the worse. As `metric_for_best_model` it picks the
+      best ID accuracy among the checkpoints that kept enough, and if none did the one that lost least.
 
     So they can be named in `metric_for_best_model`, and an `EarlyStoppingCallback` after this callback sees them. They
     are logged with one entry for each set. Evaluation takes no random numbers from the training.
@@ -128,6 +138,9 @@ class RetentionCallback(TrainerCallback):
             if (now := primary(rows, role)) is not None:
                 means |= {f"eval_{role}": now, f"eval_{role}_delta": now - primary(self.base, role)}
         if "eval_id" in means and "eval_retention" in means:
-            kept = means["eval_retention_delta"] >= -self.max_loss
-            means["eval_id_kept"] = means["eval_id"] if kept else means["eval_retention_delta"]
+            gained, kept = (metric_of(primary_rows(rows, role)[0]) for role in ("id", "retention"))
+            sign = {True: 1, False: -1}.get(kept.higher_is_better)
+            if sign and gained.higher_is_better and gained.unit == "%":
+                change = sign * means["eval_retention_delta"]
+                means["eval_id_kept"] = means["eval_id"] if change >= -self.max_loss else change
         return rows, entries, means
