@@ -304,7 +304,8 @@ class Run:
         trainer.accelerator.wait_for_everyone()
         folder, model = self.output / method, self.task.base()
         model = type(model).from_pretrained(folder) if name == "full" else PeftModel.from_pretrained(model, folder)
-        spent = costs(trainer, timer, folder, self.arguments.train, self.data.origin) if self.writes else []
+        trained_on = {**self.data.origin, "classes": self.data.class_names}
+        spent = costs(trainer, timer, folder, self.arguments.train, trained_on) if self.writes else []
         self.measured(method, model.to(training.device), self.suite, spent)
         if self.writes and (folder / ADAPTER_FILE).is_file():
             write_card(folder)

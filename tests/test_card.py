@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from world import NAMES, TASKS, parse, words
 
 from hf_gatelora import GateConfig, RetentionCallback, attach_gates
 from hf_gatelora.adapters.export import scale_adapter
+from hf_gatelora.card import plots, tables
 from hf_gatelora.card.write import is_generated, refresh_card, write_card
 from hf_gatelora.evaluation.suite import ClassifierSuite, EvalSet
 from hf_gatelora.records import RESULTS_FILE, read_results, without_paths, write_results
@@ -59,7 +61,8 @@ def test_the_card_tells_what_the_results_file_holds(published, world, task):
     assert [result.metric_value for result in found] == [row["value"] for row in measured]
     assert [result.dataset_name.split(" (")[0] for result in found] == [row["data"] for row in measured]
     name, again = model_index_to_eval_results(card.data.to_dict()["model-index"])
-    assert (name, again) == ("gated", found)
+    assert (name, again) == (f"{'model' if task == 'clip' else 'dinov2'}-gated-lora", found)
+    assert card.text.strip().startswith(f"# {name}\n")
 
     for key in (("id", "test", "top1"), ("ood", "saved", "top1"), ("retention", "old", "top1")):
         before, now = base[key]["value"], own[key]["value"]
@@ -76,7 +79,12 @@ def test_the_card_tells_what_the_results_file_holds(published, world, task):
     assert f"{own['cost', 'train', 'trainable_parameters']['value']:,} |" in card.text
     assert f"({own['cost', 'train', 'adapter_bytes']['value']:,} bytes)" in card.text
     assert "gate_learning_rate" not in card.text  # a default
-    assert "| `gate_target_active`" in card.text
+    settings = re.findall(r"^\| `(\w+)` ", card.text.partition("| setting ")[2], re.M)
+    # The main ones come first, defaults or not; what follows from others or says where it ran does not come.
+    main = ["gate_target_active", "r", "lora_alpha", "learning_rate", "max_steps", "per_device_train_batch_size"]
+    assert [name for name in settings if name != "seed"][: len(main)] == main
+    assert not {"lora_r", "use_cpu", "accelerator_config", "output_dir", "label_names", "train"} & set(settings)
+    assert f"Trained on {len(NAMES)} classes: {', '.join(NAMES)}." in card.text
     for picture in ("gate_map.png", "frontier.png"):
         assert picture in card.text
         Image.open(folder / picture).verify()
@@ -100,6 +108,7 @@ def test_the_code_of_the_card_runs(published, world, tmp_path, monkeypatch):
             assert "AutoProcessor.from_pretrained(BASE)" in code
             code, _, rest = code.partition("from transformers import AutoProcessor")
             assert 'hypothesis_template="a {} square"' in rest
+            assert f"candidate_labels={json.dumps(NAMES)}" in rest
         scope = {}
         exec(code, scope)
         assert type(scope["merged"]).__name__ in ("CLIPModel", "Dinov2ForImageClassification")
@@ -304,6 +313,123 @@ def test_results_of_another_adapter_do_not_stay(tmp_path):
     trainer.save_model()
     assert trainer.gates.frozen
     assert "Nothing was measured" in (tmp_path / "stopped" / "README.md").read_text()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A gated adapter, and rows that somebody wrote beside it."""
+    model = get_peft_model(DINO["model"](), lora_config(DINO["model"]()))
+    gates = attach_gates(model, GateConfig(target_active=0.25))
+    gates.freeze()
+    gates.save_folded(tmp_path)
+    return tmp_path
+
+
+def rows_of(count, **fields):
+    row = {"split": "", "metric": "top1", "n": 4, "role": "ood", **fields}
+    return [
+        {**row, "data": f"d{i}", "method": m, "value": 0.5, **fields} for i in range(count) for m in ("base", "gated")
+    ]
+
+
+def test_text_of_files_stays_text(folder):
+    """Cells, code and links hold what the files say, and nothing that a page would run or lay out."""
+    evil = "a | b\n<script>alert(1)</script> `c` [d](e) *f*"
+    rows = rows_of(1, data=evil, split=evil, arguments={"prompt": evil, evil: evil}, versions={evil: evil}, model=evil)
+    trained = {"role": "cost", "data": "train", "method": "gated", "classes": [evil, "x"]}
+    write_results([*rows, {**rows[0], **trained}], folder / RESULTS_FILE)
+    summary = json.loads((folder / "gates.json").read_text())
+    summary["base_model"] = {"class": "X()\nimport os", "library": "transformers", "classes": None}
+    (folder / "gates.json").write_text(json.dumps(summary))
+    write_card(folder)
+    body = card_of(folder).text
+    assert "import os" not in body
+    for table in re.findall(r"(?:^\|.*\n)+", body, re.M):
+        assert len({len(re.split(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+    assert "<script" not in re.sub(r"(`+) .*? \1(?!`)", "", body)  # outside of code
+    line = next(line for line in body.splitlines() if line.startswith("| OOD"))
+    cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+    assert cells[1] == r"a \| b &lt;script>alert(1)&lt;/script> \`c\` \[d\](e) \*f\*"
+    assert cells[2:] == ["accuracy", "50.0 %", "50.0 %", "+0.0", "4"]
+
+
+def test_cards_are_bounded_and_linear(folder):
+    write_results(rows_of(3000), folder / RESULTS_FILE)
+    write_card(folder)
+    text = (folder / "README.md").read_text()
+    assert len(text) < 60_000
+    assert "*2,900 more*" in text
+    assert re.search(r"\| OOD +\| \*\*mean\*\* +\| accuracy \| +50.0 % \|", text)
+
+    def seconds(rows):
+        start = time.process_time()
+        tables.results_table(rows)
+        return time.process_time() - start
+
+    metrics = [{**row, "metric": row["data"], "data": "x"} for row in rows_of(8000)]
+    assert seconds(metrics) < 24 * seconds(metrics[:2000]) + 0.05  # 8 times as many rows; squared they take 64 times
+
+
+def test_gate_map_shows_the_cut(folder, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    summary = json.loads((folder / "gates.json").read_text())
+    for i, block in enumerate(summary["blocks"]):
+        block["score"] = 0.12 + 0.01 * i  # all above τ: the budget alone decides
+        block["open"] = i >= 9
+    summary["open"] = 3
+    plots.gate_map(summary, "x.png")
+    axis, bar = figures[0].axes
+    assert "τ = 0.1" in figures[0].get_suptitle()
+    assert [label.get_text() for label in bar.get_yticklabels()] == [
+        "0.120",
+        "0.200",
+        "the budget's cut",
+        "0.210",
+        "0.230",
+    ]
+    shades = axis.images[0].get_array()
+    order = [shades[divmod(i, 6)] for i in range(12)]
+    assert order == sorted(order)
+    assert order[8] < 0 < order[9]
+    columns = [module.split(".")[-1] for block in summary["blocks"][:6] for module in block["modules"]]
+    assert [label.get_text() for label in axis.get_xticklabels()] == columns  # in the model's order
+    many = [{**summary["blocks"][0], "modules": [f"t.layers.{i}.{j}"]} for i in range(500) for j in "abcd"]
+    plots.gate_map({**summary, "blocks": many}, "x.png")
+    assert max(figures[1].get_size_inches()) <= 18
+    assert len(figures[1].axes[0].get_yticks()) <= 40
+
+
+def test_frontier_names_methods_and_scales(monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    rows = [
+        {
+            "method": method,
+            "role": role,
+            "data": role,
+            "metric": "top1",
+            "value": value + 0.1 * seed,
+            "seed": seed,
+            **wise,
+        }
+        for method, value in (("base", 0.2), ("lora", 0.5), ("gated@0.05", 0.4), ("gated@0.1", 0.5))
+        for wise in ({}, {"wise": 0.5})
+        for seed in (0, 1)
+        for role in ("id", "retention")
+        if not (wise and method == "base")
+    ]
+    plots.frontier(rows, "x.png")
+    axis = figures[0].axes[0]
+    handles, names = axis.get_legend_handles_labels()
+    assert names == ["base model", "LoRA", "gated LoRA, 5 % open", "gated LoRA, 10 % open"]
+    colours = [handle.get_color() for handle in handles]
+    assert (colours[2] == colours[3], len(set(colours))) == (True, 3)
+    assert {text.get_text() for text in axis.texts} == {"0.5", "1"}
+    assert list(handles[1].get_ydata()) == [pytest.approx(55.0)]
+    bars = [bar.get_segments()[-1] for bar in axis.collections]
+    assert any(segment[1][1] - segment[0][1] == pytest.approx(2 * 100 * 0.1 / 2**0.5) for segment in bars)
+    assert axis.get_xlabel() == "retention accuracy (%)"
 
 
 class Stop(TrainerCallback):

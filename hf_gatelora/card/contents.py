@@ -15,17 +15,18 @@ from peft.utils import CONFIG_NAME
 
 from ..adapters.files import read_shapes
 from ..config import GateConfig
+from ..evaluation.results import way_of
 from ..records import (
     FRONTIER,
     GATE_MAP,
     KNN_TOP1,
-    PRIMARY,
     RESULTS_FILE,
     SUMMARY_FILE,
     TITLES,
     TOP1,
     TRAINED,
     metric_of,
+    primary_rows,
     read_results,
     without_paths,
 )
@@ -34,13 +35,19 @@ from .tables import measured
 
 HUB_ACCURACIES = (TOP1.name, KNN_TOP1.name)  # of the Hub's metric "accuracy"
 TEMPLATE = Path(__file__).with_name("template.md")
-# Arguments that the card's other parts show, or that say where and how a run was started, not what was trained.
+# Settings that come first, under the name of any of these that is known.
+FIRST = ("gate_target_active", "gate_lambda", "r", "lora_alpha", "learning_rate", "num_train_epochs", "max_steps")
+FIRST += ("per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+# Arguments that other parts of the card show, that follow from others, or that say how a run was started or watched.
 NOT_SHOWN = {
-    *("model", "train", "test", "validation", "ood", "retention", "validation_ood", "validation_retention", "bank"),
-    *("lora_r", "label_column", "caption_column", "label_names", "full_learning_rate", "methods", "wise"),
-    *("output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "resume_from_checkpoint", "keep_finished"),
-    *("accelerator_config", "push_to_hub", "remove_unused_columns", "dataloader_pin_memory", "use_cpu"),
+    *("model", "train", "test", "validation", "id", "ood", "retention", "bank", "head_label_map", "imagenet"),
+    *("lora_r", "label_column", "caption_column", "label_names", "class_names", "full_learning_rate", "methods"),
+    *("wise", "scales", "batch_size", "device", "output_dir", "run_name", "report_to", "disable_tqdm", "use_cpu"),
+    *("keep_finished", "resume_from_checkpoint", "accelerator_config", "remove_unused_columns", "local_rank"),
+    *("include_for_metrics", "load_best_model_at_end", "greater_is_better", "do_train", "do_eval", "do_predict"),
 }
+PREFIXES = ("hub_", "push_to_hub", "logging_", "log_", "save_", "eval_", "per_device_eval_", "dataloader_", "ddp_")
+PREFIXES += ("validation_", "fsdp", "deepspeed", "tpu_", "trackio_")
 
 
 @dataclass
@@ -48,16 +55,16 @@ class AdapterCard:
     """What the card of an adapter says.
 
     Args:
-        name: title of the card, and of the model in `model-index`.
+        name: title of the card, and of the model in `model-index`; default: the repository's or the base model's name.
         config: contents of `adapter_config.json`.
         tensors: number of values by name of the weights in the adapter's file, and `file_bytes` of that file.
         summary: contents of `gates.json`; empty for an adapter without gates.
         rows: of `results.jsonl`; may be empty.
         pictures: which of `gate_map.png` and `frontier.png` lie in the folder.
         has_processor: whether the adapter's folder also holds the preprocessing.
-        base: Hub id of the base model; None where it is a local one.
-        repo_id, revision: where the adapter is on the Hub; None: not known.
-        license, language, datasets, tags: metadata; what is None is left out.
+        base: Hub id of the base model; None if it is a local one.
+        repo_id, revision: where the adapter is on the Hub; None if that is not known.
+        license, language, datasets, tags: metadata; None leaves it out.
     """
 
     name: str
@@ -78,10 +85,10 @@ class AdapterCard:
 
     @classmethod
     def read(cls, directory: str | os.PathLike, **given) -> "AdapterCard":
-        """The card of a folder; `given` fields that are not None come before what the files say.
+        """The card of a folder; `given` fields that are not None override what the files say.
 
         Raises:
-            ValueError: where the folder holds no adapter, or a file in it cannot be read.
+            ValueError: if the folder holds no adapter, or a file in it cannot be read.
         """
         directory = Path(directory)
         try:
@@ -99,7 +106,7 @@ class AdapterCard:
             raise ValueError(f"{file} cannot be read for the model card: {error}") from error
         trained_on = [row["dataset"] for row in rows if "dataset" in row and (row["role"], row["data"]) == TRAINED]
         found = {
-            "name": directory.absolute().name,
+            "name": _title(config, rows, bool(summary)) or directory.absolute().name,
             "base": hub_id(config.get("base_model_name_or_path")),
             "datasets": list(dict.fromkeys(trained_on)) or None,
         }
@@ -121,17 +128,20 @@ class AdapterCard:
 
     @property
     def model_class(self) -> str | None:
-        """Class of the base model, where it is one of transformers."""
+        """Class of the base model, if it is one of transformers."""
         known = self.summary.get("base_model")
         if known is None:
             auto = self.config.get("auto_mapping") or {}
-            known = {"class": auto.get("base_model_class"), "library": auto.get("parent_library") or ""}
-        return known["class"] if known["library"].split(".")[0] == "transformers" else None
+            known = {"class": auto.get("base_model_class"), "library": auto.get("parent_library")}
+        name, library = str(known.get("class")), str(known.get("library"))
+        return name if library.split(".")[0] == "transformers" and name.isidentifier() else None
 
     @property
-    def classes(self) -> list[str] | None:
-        """Names of the classes that a trained classification head tells apart."""
-        return (self.summary.get("base_model") or {}).get("classes")
+    def classes(self) -> list[str]:
+        """Names of the classes that it was trained on, as far as they are known."""
+        stated = [(self.summary.get("base_model") or {}).get("classes")]
+        stated += [row.get("classes") for row in self.rows if (row["role"], row["data"]) == TRAINED]
+        return next((list(map(str, names)) for names in stated if names), [])
 
     @cached_property
     def pipeline_tag(self) -> str | None:
@@ -184,30 +194,38 @@ class AdapterCard:
         weights = self.summary.get("weights_step", self.summary.get("steps"))
         return (max(steps), weights) if steps and weights is not None and steps != {weights} else None
 
-    @property
+    @cached_property
     def arguments(self) -> dict[str, object]:
-        """Arguments of the run that differ from their defaults, without those that only say where it ran."""
-        stated = self.rows[0].get("arguments", {}) if self.rows else {}
-        gates = self.summary.get("config") or {}
-        defaults = {f.name: f.default for f in fields(GateConfig)}
-        changed = {f"gate_{key}".rstrip("_"): value for key, value in gates.items() if value != defaults.get(key)}
-        found = {**(self.summary.get("arguments") or {}), **stated, **changed}
-        found |= {key: self.config[key] for key in ("r", "lora_alpha", "lora_dropout") if key in self.config}
-        if not self.summary:
+        """Settings of the run: first those that always matter, then what differs from its default."""
+        stated = self.rows[0].get("arguments") or {} if self.rows else {}
+        found = {**(self.summary.get("arguments") or {}), **stated}
+        if self.summary:
+            gates, defaults = self.summary.get("config") or {}, {f.name: f.default for f in fields(GateConfig)}
+            found |= {f"gate_{key}".rstrip("_"): v for key, v in gates.items() if v != defaults.get(key)}
+            found.setdefault("gate_target_active", gates.get("target_active"))
+        else:
             found = {key: value for key, value in found.items() if not key.startswith("gate_")}
-        return {
+        found |= {key: self.config[key] for key in ("r", "lora_alpha", "lora_dropout") if key in self.config}
+        shown = {
             key: without_paths(value)
             for key, value in sorted(found.items())
             if value is not False  # 0 says something
             and value not in (None, "", [], {})
             and key not in NOT_SHOWN
-            and not key.startswith("hub_")
+            and not key.startswith(PREFIXES)
             and not key.endswith("_token")
         }
+        return {key: shown[key] for key in (*(k for k in FIRST if k in shown), *(k for k in shown if k not in FIRST))}
+
+    @property
+    def prompt(self) -> str:
+        """The prompt that it was measured with, or the first of several."""
+        templates = way_of(self.rows[0].get("arguments") or {}).get("templates") if self.rows else None
+        return templates[0] if templates else "a photo of a {}"
 
     @property
     def run_model(self) -> str | None:
-        """What the run calls its base model, where that is no folder."""
+        """What the run calls its base model, unless that is a folder."""
         name = self.rows[0].get("model") if self.rows else None
         return name if name and without_paths(name) == name else None
 
@@ -223,7 +241,7 @@ class AdapterCard:
         tags = ["lora", *(["gated-lora", "hf_gatelora"] if self.summary else []), *self.tags]
         tags += [f"base_model:adapter:{self.base}"] if self.base else []
         results = []
-        for row in measured(self.rows):
+        for row in measured(self.rows)[: tables.LIMIT]:
             results.append(
                 EvalResult(
                     task_type=self.pipeline_tag or "image-classification",
@@ -253,19 +271,18 @@ class AdapterCard:
     def eval_entries(self) -> list[EvalResultEntry]:
         """The primary metric of each set that names a data set of the Hub, for `.eval_results/`."""
         entries = []
-        sets = {(row["role"], row["data"]): row for row in measured(self.rows) if "dataset" in row}
-        for role, data in sets:
-            rows = [row for row in measured(self.rows) if (row["role"], row["data"]) == (role, data)]
-            row = next((row for metric in PRIMARY for row in rows if row["metric"] == metric), rows[0])
-            entries.append(
-                EvalResultEntry(
-                    dataset_id=row["dataset"],
-                    task_id=_split_of(row) or "default",
-                    value=row["value"],
-                    dataset_revision=row.get("revision"),
-                    notes=f"{TITLES[role]}, {metric_of(row).title}, n = {row['n']}",
+        for role in TITLES:
+            rows = [row for row in measured(self.rows) if "dataset" in row]
+            for row in primary_rows(rows, role)[: tables.LIMIT]:
+                entries.append(
+                    EvalResultEntry(
+                        dataset_id=row["dataset"],
+                        task_id=_split_of(row) or "default",
+                        value=row["value"],
+                        dataset_revision=row.get("revision"),
+                        notes=f"{TITLES[role]}, {metric_of(row).title}, n = {row['n']}",
+                    )
                 )
-            )
         return entries
 
     def render(self) -> str:
@@ -275,7 +292,7 @@ class AdapterCard:
 
 
 def hub_id(name: str | None) -> str | None:
-    """The name of a base model where it can be one of the Hub; None for a local folder."""
+    """The name of a base model if it can be one of the Hub; None for a local folder."""
     if not name or Path(name).exists():
         return None
     try:
@@ -299,10 +316,14 @@ def _rows_of_adapter(rows: list[dict], directory: Path) -> list[dict]:
     return [row for row in rows if row["method"] in methods | {"base"}]
 
 
-def _code(value) -> str:
-    """A value in a table cell."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    return f"`{text}`".replace("|", "\\|")
+def _title(config: dict, rows: list[dict], gated: bool) -> str | None:
+    """A name for an adapter that has none, by its base model."""
+    run = rows[0].get("model") if rows else None
+    base = str(config.get("base_model_name_or_path") or run or "").rstrip("/\\")
+    cached = re.search(r"models--.*--([^/]+)/snapshots", base)
+    name = cached.group(1) if cached else re.split(r"[/\\]", base)[-1]
+    return name and f"{name}-{'gated-lora' if gated else 'lora'}"
 
 
-TEMPLATE_NAMES = {"code": _code, "tables": tables, "GATE_MAP": GATE_MAP, "FRONTIER": FRONTIER}
+TEMPLATE_NAMES = {"text": tables.text, "code": tables.code, "tables": tables, "LIMIT": tables.LIMIT}
+TEMPLATE_NAMES |= {"GATE_MAP": GATE_MAP, "FRONTIER": FRONTIER}

@@ -1,103 +1,168 @@
 """Figures of a run. Imports matplotlib only when one is drawn."""
 
 import os
+from statistics import fmean, stdev
 
 from ..adapters.inspection import grids
-from ..records import primary, replacing
+from ..records import TITLES, metric_of, primary, primary_rows, replacing
+
+# Of each method its name for people, and its colour in every figure.
+METHODS = {
+    "base": ("base model", "black"),
+    "linear_probe": ("linear probe", "tab:brown"),
+    "full": ("full fine-tuning", "tab:gray"),
+    "lora": ("LoRA", "tab:blue"),
+    "lora_equal": ("LoRA of equal size", "tab:cyan"),
+    "random": ("random blocks", "tab:orange"),
+    "gated": ("gated LoRA", "tab:red"),
+}
+OTHER_COLOURS = ("tab:green", "tab:purple", "tab:pink", "tab:olive")
+MARKERS = "osD^vP*X"  # of the budgets and variants of one method
+TOWERS, SIDE = 8, 40  # the most towers, and the most layers or modules with a label, of a gate map
 
 
 def gate_map(summary: dict, path: str | os.PathLike) -> None:
-    """Draw the gate map: for each tower its layers by its modules, coloured by score, open blocks marked.
+    """Draw the gate map: for each tower its layers by its modules, open blocks framed.
+
+    Open blocks are red and closed ones blue, darker the further their score ranks from the cut between them.
 
     Args:
         summary: as `GateController.summary` or `gates.json` gives it.
         path: PNG file, written under a temporary name and then renamed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import TwoSlopeNorm
-    from matplotlib.figure import Figure
+    import numpy as np
+    from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
-    block_of = {module: block for block in summary["blocks"] for module in block["modules"]}
-    towers = grids(list(block_of))
-    tau = summary["config"]["tau"]
-    scores = [block["score"] for block in summary["blocks"]]
-    spread = max(max(scores) - tau, tau - min(scores), 0.05)
-    norm = TwoSlopeNorm(tau, tau - spread, tau + spread)
-    figure = Figure(
-        figsize=(
-            1.6 + sum(0.75 * len(tower.columns) + 1.0 for tower in towers),
-            2.2 + 0.38 * max(len(tower.layers) for tower in towers),
-        ),
-        dpi=150,
-        layout="constrained",
-    )
-    FigureCanvasAgg(figure)
+    blocks, tau = summary["blocks"], summary["config"]["tau"]
+    block_of = {module: block for block in blocks for module in block["modules"]}
+    all_towers = grids(list(block_of))
+    towers = all_towers[:TOWERS]
+    sides = {is_open: sorted({b["score"] for b in blocks if b["open"] == is_open}) for is_open in (False, True)}
+    # From 0.2 next to the cut to 1, negative for closed blocks.
+    shade = {(False, s): -1 + 0.8 * i / max(len(sides[False]) - 1, 1) for i, s in enumerate(sides[False])}
+    shade |= {(True, s): 1 - 0.8 * i / max(len(sides[True]) - 1, 1) for i, s in enumerate(reversed(sides[True]))}
+
+    width = sum(min(0.75 * len(tower.columns), 9) + 1 for tower in towers)
+    height = 2.2 + min(0.38 * max(len(tower.layers) for tower in towers), 11)
+    figure = _figure(min(1.6 + width, 18), height)
     axes = figure.subplots(1, len(towers), squeeze=False, width_ratios=[len(t.columns) + 0.5 for t in towers])[0]
     for axis, (tower, layers, columns, modules) in zip(axes, towers, strict=True):
-        cells = {place: block_of[module] for place, module in modules.items()}
-        image = axis.imshow(
-            [[cells.get((layer, name), {"score": float("nan")})["score"] for name in columns] for layer in layers],
-            cmap="RdBu_r",
-            norm=norm,
-            aspect="auto",
-            origin="lower",
-        )
-        for (layer, name), block in cells.items():
+        x, y = ({name: i for i, name in enumerate(names)} for names in (columns, layers))
+        colours, frames = np.full((len(layers), len(columns)), np.nan), []
+        for (layer, name), module in modules.items():
+            block = block_of[module]
+            colours[y[layer], x[name]] = shade[block["open"], block["score"]]
             if block["open"]:
-                corner = (columns.index(name) - 0.46, layers.index(layer) - 0.44)
-                axis.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, edgecolor="black", linewidth=2))
-        axis.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=8)
-        axis.set_yticks(range(len(layers)), layers, fontsize=8)
+                frames.append(Rectangle((x[name] - 0.46, y[layer] - 0.44), 0.92, 0.88))
+        image = axis.imshow(colours, cmap="RdBu_r", vmin=-1.2, vmax=1.2, aspect="auto", origin="lower")
+        axis.add_collection(PatchCollection(frames, facecolor="none", edgecolor="black", linewidth=2), autolim=False)
+        for side, names, turn in ((axis.xaxis, columns, {"rotation": 40, "ha": "right"}), (axis.yaxis, layers, {})):
+            places = range(0, len(names), -(-len(names) // SIDE))
+            side.set_ticks(places, [_short(names[i]) for i in places], fontsize=8, **turn)
         axis.set_ylabel("layer")
-        axis.set_title(tower, fontsize=9)
-    figure.colorbar(image, ax=axes, label=f"score (tau = {tau:g})", shrink=0.9)
-    figure.suptitle(f"Gates: {summary['open']} of {summary['gates']} open (framed)", fontsize=10)
+        axis.set_title(_short(tower), fontsize=9)
+    budget = summary["config"].get("target_active") is not None and summary["phase"] == "consolidate"
+    cut = "the budget's cut" if budget else f"τ = {tau:g}"
+    labels = {-1: (False, 0), -0.2: (False, -1), 0.2: (True, 0), 1: (True, -1)}
+    ticks = {place: f"{sides[side][i]:.3f}" for place, (side, i) in labels.items() if sides[side]} | {0: cut}
+    bar = figure.colorbar(image, ax=axes, shrink=0.9)
+    bar.set_label("closed   ←   score, by rank   →   open", labelpad=10)
+    bar.ax.set_ylim(-1, 1)
+    bar.set_ticks(sorted(ticks), labels=[ticks[place] for place in sorted(ticks)], fontsize=8)
+    bar.ax.axhline(0, color="black", linewidth=2)
+    more = f", the first {TOWERS} of {len(all_towers)} towers" if len(all_towers) > TOWERS else ""
+    of_tau = f", τ = {tau:g}" if budget else ""
+    figure.suptitle(f"Gates: {summary['open']} of {summary['gates']} open (framed){of_tau}{more}", fontsize=10)
     save(figure, path)
 
 
 def frontier(rows: list[dict], path: str | os.PathLike) -> None:
-    """Draw ID and OOD accuracy against retention: one line per method, through the scales of its adapter (WiSE-FT).
+    """Draw ID and OOD against retention: one line per method, through the scales of its adapter (WiSE-FT).
 
     Args:
-        rows: of a results file, of one or several seeds, whose mean is drawn.
+        rows: of a results file; of several seeds the means are drawn, with their standard deviations as bars.
         path: PNG file, written under a temporary name and then renamed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     found: dict[str, dict[float, dict[int, list[dict]]]] = {}
     for row in rows:
-        if row["role"] != "cost":
+        if row["role"] in TITLES:
             scales = found.setdefault(row["method"], {})
-            scales.setdefault(row.get("wise", 1.0), {}).setdefault(row["seed"], []).append(row)
+            scales.setdefault(row.get("wise", 1.0), {}).setdefault(row.get("seed"), []).append(row)
 
-    def mean(seeds: dict[int, list[dict]], role: str) -> float:
+    def point(seeds: dict[int, list[dict]], role: str) -> tuple[float, float]:
+        """Mean and standard deviation, in percent where the values are fractions."""
         values = [value for value in (primary(rows, role) for rows in seeds.values()) if value is not None]
-        return 100 * sum(values) / len(values) if values else float("nan")
+        unit = factor[role]
+        deviation = unit * stdev(values) if len(values) > 1 else 0.0
+        return (unit * fmean(values), deviation) if values else (float("nan"), 0.0)
 
-    figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, (role, name) in zip(figure.subplots(1, 2), (("id", "ID"), ("ood", "OOD")), strict=True):
+    metrics = {role: metric_of(first[0]) for role in TITLES if (first := primary_rows(rows, role))}
+    factor = {role: 100 if role in metrics and metrics[role].unit == "%" else 1 for role in TITLES}
+    others = [name for name in sorted({_kind(method) for method in found}) if name not in METHODS]
+    colours = {name: colour for name, (_, colour) in METHODS.items()}
+    colours |= {name: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, name in enumerate(others)}
+    figure = _figure(11, 4.4)
+    axes = figure.subplots(1, 2)
+    for axis, role in zip(axes, ("id", "ood"), strict=True):
+        of_kind: dict[str, int] = {}
         for method, scales in found.items():
-            if method == "base":
-                continue
-            points = [(mean(scales[s], "retention"), mean(scales[s], role)) for s in sorted(scales)]
-            (line,) = axis.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1.2, label=method)
-            axis.plot(*points[-1], marker="o", markersize=9, color=line.get_color())
-        if "base" in found:
-            (seeds,) = found["base"].values()
-            base = mean(seeds, "retention"), mean(seeds, role)
-            axis.plot(*base, marker="*", markersize=13, color="black", linestyle="none", label="base")
-        axis.set_xlabel("retention accuracy (%)")
-        axis.set_ylabel(f"{name} accuracy (%)")
+            kind = _kind(method)
+            number = of_kind[kind] = of_kind.get(kind, -1) + 1
+            colour, marker = colours[kind], "*" if kind == "base" else MARKERS[number % len(MARKERS)]
+            order = sorted(scales)
+            (x, x_sd), (y, y_sd) = (
+                zip(*(point(scales[scale], r) for scale in order), strict=True) for r in ("retention", role)
+            )
+            line = "-" if len(order) > 1 else "none"
+            style = {"color": colour, "marker": marker, "linestyle": line}
+            axis.errorbar(x, y, y_sd, x_sd, **style, markersize=4, linewidth=1.2, elinewidth=0.7, capsize=2)
+            size = 13 if kind == "base" else 9
+            axis.plot(x[-1], y[-1], **style, markersize=size, zorder=3, label=name_of(method))
+            for *place, scale in list(zip(x, y, order, strict=True))[-12:] if len(order) > 1 else ():
+                axis.annotate(f"{scale:g}", place, (3, 3), textcoords="offset points", fontsize=6, color=colour)
+        for role_of, label in (("retention", axis.set_xlabel), (role, axis.set_ylabel)):
+            label(f"{TITLES[role_of]} {metrics[role_of].heading if role_of in metrics else 'was not measured'}")
         axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
-    figure.suptitle("What was gained against what was kept (large dot: the adapter at scale 1)", fontsize=10)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    bars = "; bars: sd over seeds" if any(len(s) > 1 for scales in found.values() for s in scales.values()) else ""
+    title = f"What was gained against what was kept (numbers: scale of the adapter; large dot: 1{bars})"
+    figure.suptitle(title, fontsize=10)
     save(figure, path)
+
+
+def name_of(method: str) -> str:
+    """A method's name for people: `gated@0.0625 sigmoid` is `gated LoRA, 6.25 % open, sigmoid`."""
+    name, _, variant = method.partition(" ")
+    kind, _, budget = name.partition("@")
+    try:
+        opened = [f"{100 * float(budget):g} % open"] if budget else []
+    except ValueError:
+        opened = [budget]
+    return ", ".join(
+        [METHODS[kind][0] if kind in METHODS else kind, *opened, *filter(None, [variant.replace("_", " ")])]
+    )
 
 
 def save(figure, path: str | os.PathLike) -> None:
     """Write a figure under a temporary name, then rename it."""
     with replacing(path) as temporary:
         figure.savefig(temporary)
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _kind(method: str) -> str:
+    return method.partition(" ")[0].partition("@")[0]
+
+
+def _short(name: str) -> str:
+    """A name as a label: bounded, and without the mathematics that matplotlib would read in it."""
+    return (name if len(name) <= 30 else f"...{name[-27:]}").replace("$", r"\$")
