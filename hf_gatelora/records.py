@@ -23,15 +23,11 @@ EVAL_RESULTS = ".eval_results/hf_gatelora.yaml"
 TITLES = {"id": "ID", "ood": "OOD", "retention": "retention"}  # in tables, by role
 ROLES = tuple(TITLES)
 TRAINED = "cost", "train"  # role and data of the rows that name what an adapter was trained on
-# Types of the fields of a row, as far as tables and cards rely on them; others may be missing.
-REQUIRED = {"method": str, "role": str, "data": str, "split": str, "metric": str, "value": int | float, "n": int}
+# Types of a row's fields, as far as tables and cards rely on them. The first three are in every row.
 FIELDS = {
-    **REQUIRED,
-    **dict.fromkeys(("title", "unit", "model", "dataset", "revision"), str),
-    **dict.fromkeys(("arguments", "versions"), dict),
-    "wise": int | float,
-    "step": int,
-    "classes": list,
+    "method": str, "metric": str, "value": int | float, "n": int, "wise": int | float, "step": int,
+    **dict.fromkeys(("role", "data", "split", "title", "unit", "model", "dataset", "revision"), str),
+    "arguments": dict, "versions": dict, "classes": list,
 }
 # Training arguments that are recorded even if they have their defaults.
 ALWAYS = {"learning_rate", "num_train_epochs", "per_device_train_batch_size"}
@@ -176,7 +172,7 @@ def _checked(row) -> dict:
         raise ValueError(f"{type(row).__name__} in place of an object")
     for key, kind in FIELDS.items():
         found = row.get(key)
-        if not isinstance(found, kind) and (found is not None or key in REQUIRED):
+        if not isinstance(found, kind) and (found is not None or key in ("method", "metric", "value")):
             raise ValueError(f"{key!r} is {'missing' if found is None else repr(found)[:50]}")
     return row
 

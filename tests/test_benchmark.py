@@ -90,7 +90,7 @@ def test_scaling(tmp_path, monkeypatch, capsys):
 
     def measured(point):
         asked.append((point.batch_size, point.lora_r))
-        row = {"arguments": benchmark.stated(point), "n": 1, "role": "cost", "data": "train", "split": ""}
+        row = {"arguments": benchmark.stated(point), "n": 1}
         values = {("lora", "step_seconds"): point.batch_size, ("lora", "step_ratio"): 1.0}
         values |= {("lora", "step_bytes"): 2**20 * point.lora_r, ("search", "blocks"): 6}
         values |= {("search", "step_seconds"): 0.5, ("search", "step_ratio"): 0.5 / point.batch_size}

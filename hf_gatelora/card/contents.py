@@ -308,6 +308,9 @@ def _split_of(row: dict) -> str | None:
 
 
 def _rows_of_adapter(rows: list[dict], directory: Path) -> list[dict]:
+    needed = ("role", "data", "split", "n")
+    if lacking := next((key for row in rows for key in needed if row.get(key) is None), None):
+        raise ValueError(f"it has rows without {lacking!r}.")
     methods = {row["method"] for row in rows} - {"base"}
     if len(methods) > 1:
         if directory.absolute().name not in methods:

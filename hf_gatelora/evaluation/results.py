@@ -39,7 +39,7 @@ def update_results(rows: list[dict], path: str | os.PathLike) -> None:
     """
 
     def on_set(row: dict) -> tuple:
-        return row.get("adapter"), row["role"], row["data"]
+        return row.get("adapter"), row.get("role"), row.get("data")
 
     def measurement(row: dict) -> tuple:
         return *on_set(row), row["method"], row["metric"], row.get("wise")
@@ -50,9 +50,9 @@ def update_results(rows: list[dict], path: str | os.PathLike) -> None:
     for row in read_earlier(path):
         if measurement(row) in new:
             continue
-        source, way = current.get(on_set(row), (row["split"], {}))
+        source, way = current.get(on_set(row), (row.get("split"), {}))
         before = way_of(row.get("arguments") or {})
-        other = ["source"] * (source != row["split"]) + [k for k in way if k in before and before[k] != way[k]]
+        other = ["source"] * (source != row.get("split")) + [k for k in way if k in before and before[k] != way[k]]
         if other:
             dropped.setdefault((row["method"], row.get("wise", 1.0), row["data"]), other)
         else:

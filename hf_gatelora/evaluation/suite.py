@@ -69,9 +69,6 @@ class EvalSet:
                 raise ValueError(f"{what} has {len(self.images)} images, but {len(found)} {name}: give one per image.")
         if self.class_names is not None:
             self.class_names = list(self.class_names)
-            if len(set(self.class_names)) < len(self.class_names):
-                twice = next(name for name in self.class_names if self.class_names.count(name) > 1)
-                raise ValueError(f"{what}: the class name {twice!r} comes twice in class_names.")
             if self.labels is not None and len(self.labels):
                 check_labels(self.labels, len(self.class_names), f"{what}: labels")
         bank = self.bank
