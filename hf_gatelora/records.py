@@ -25,9 +25,16 @@ ROLES = tuple(TITLES)
 TRAINED = "cost", "train"  # role and data of the rows that name what an adapter was trained on
 # Types of a row's fields, as far as tables and cards rely on them. The first three are in every row.
 FIELDS = {
-    "method": str, "metric": str, "value": int | float, "n": int, "wise": int | float, "step": int,
+    "method": str,
+    "metric": str,
+    "value": int | float,
+    "n": int,
+    "wise": int | float,
+    "step": int,
     **dict.fromkeys(("role", "data", "split", "title", "unit", "model", "dataset", "revision"), str),
-    "arguments": dict, "versions": dict, "classes": list,
+    "arguments": dict,
+    "versions": dict,
+    "classes": list,
 }
 # Training arguments that are recorded even if they have their defaults.
 ALWAYS = {"learning_rate", "num_train_epochs", "per_device_train_batch_size"}
@@ -38,14 +45,13 @@ PACKAGES = ("hf_gatelora", "torch", "transformers", "peft", "accelerate", "datas
 class Metric:
     """What the value of a results row means.
 
-    Rows hold the name alone where `METRICS` has the metric, else all of these fields: whoever reads them knows what
-    they mean, so a new metric needs no place in this file.
+    Rows hold only the name if `METRICS` has the metric, else all of these fields. So every reader knows them, and a new
+    metric needs no entry in this file.
 
     Args:
         name: in rows and in the log of a Trainer.
         title: in tables; default: the name.
-        unit: `"%"` for fractions, which tables show in percent; otherwise what stands behind the value, by default
-            nothing.
+        unit: `"%"` for fractions, which tables show in percent; else the text behind the value, by default none.
         higher_is_better: None, the default: not known, or neither.
         needs_head: whether a classification head gives the value; default: False.
     """
@@ -83,7 +89,7 @@ RECALLS = [
     for k in (1, 5, 10)
 ]
 METRICS = {metric.name: metric for metric in (TOP1, ECE, KNN_TOP1, *RECALLS)}
-# What stands for a set where one number is wanted: the first of these that was measured on it, else its first metric.
+# The metric that stands for a set is the first of these that was measured on it, else its first one.
 PRIMARY = (KNN_TOP1.name, TOP1.name, RECALLS[0].name)
 
 
@@ -211,7 +217,7 @@ def primary(rows: list[dict], role: str) -> float | None:
 
 
 def label(row: dict) -> str:
-    """Method of a row, with the scale of its adapter where that is not 1."""
+    """Method of a row, with the scale of its adapter if it is not 1."""
     return row["method"] + (f" x {row['wise']:g}" if "wise" in row else "")
 
 

@@ -343,6 +343,7 @@ def test_text_of_files_stays_text(folder):
     """Cells, code and links hold what the files say, and nothing that a page would run or lay out."""
     evil = "a | b\n<script>alert(1)</script> `c` [d](e) *f*"
     rows = rows_of(1, data=evil, split=evil, arguments={"prompt": evil, evil: evil}, versions={evil: evil}, model=evil)
+    rows += rows_of(1, data="plain", arguments={"prompt": "a {}"})
     trained = {"role": "cost", "data": "train", "method": "gated", "classes": [evil, "x"]}
     write_results([*rows, {**rows[0], **trained}], folder / RESULTS_FILE)
     summary = json.loads((folder / "gates.json").read_text())
@@ -351,6 +352,7 @@ def test_text_of_files_stays_text(folder):
     write_card(folder)
     body = card_of(folder).text
     assert "import os" not in body
+    assert "measured with other prompts" in body
     for table in re.findall(r"(?:^\|.*\n)+", body, re.M):
         assert len({len(re.split(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
     assert "<script" not in re.sub(r"(`+) .*? \1(?!`)", "", body)  # outside of code

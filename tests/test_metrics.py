@@ -316,7 +316,7 @@ def test_recall_is_that_of_a_loop_in_any_chunks(monkeypatch):
 
 
 def test_bad_recall():
-    with pytest.raises(ValueError, match=r"do not fit together: {'images': 4, 'texts': 4, 'captions': 3"):
+    with pytest.raises(ValueError, match=r"do not match: {'images': 4, 'texts': 4, 'captions': 3"):
         recall_at(UNIT, UNIT, ["a"] * 3)
     with pytest.raises(ValueError, match="'groups': 2"):
         recall_at(UNIT, UNIT, ["a"] * 4, groups=[0, 1])
@@ -387,7 +387,7 @@ def test_templates_and_class_names(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "open_clip", None)  # as where it is not installed
     with caplog.at_level(logging.WARNING):
         assert prompt_templates("openai") == simple
-    assert "the 8 'simple' ones take their place" in caplog.text
+    assert "the 8 'simple' ones are used instead" in caplog.text
     with pytest.raises(ImportError, match="pip install open_clip_torch"):
         imagenet_class_names()
 

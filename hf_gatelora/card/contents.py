@@ -1,4 +1,4 @@
-"""What the card of an adapter says, read from the files of its folder: no number comes from anywhere else."""
+"""What the card of an adapter says, read from the files of its folder. No number comes from anywhere else."""
 
 import json
 import math
@@ -189,7 +189,7 @@ class AdapterCard:
 
     @property
     def stale_step(self) -> tuple[int, int] | None:
-        """(step that was measured, step of the adapter's weights), where these differ."""
+        """(step that was measured, step of the adapter's weights), if these differ."""
         steps = {row["step"] for row in measured(self.rows) if "step" in row}
         weights = self.summary.get("weights_step", self.summary.get("steps"))
         return (max(steps), weights) if steps and weights is not None and steps != {weights} else None
@@ -216,6 +216,13 @@ class AdapterCard:
             and not key.endswith("_token")
         }
         return {key: shown[key] for key in (*(k for k in FIRST if k in shown), *(k for k in shown if k not in FIRST))}
+
+    @property
+    def mixed_prompts(self) -> bool:
+        """Whether sets were measured with different prompts."""
+        sets = {(row["role"], row["data"]): row.get("arguments") or {} for row in measured(self.rows)}
+        prompts = [way.get("templates") for way in map(way_of, sets.values())]
+        return len({tuple(prompt) for prompt in prompts if prompt}) > 1
 
     @property
     def prompt(self) -> str:

@@ -91,7 +91,7 @@ def frontier(rows: list[dict], path: str | os.PathLike) -> None:
             scales.setdefault(row.get("wise", 1.0), {}).setdefault(row.get("seed"), []).append(row)
 
     def point(seeds: dict[int, list[dict]], role: str) -> tuple[float, float]:
-        """Mean and standard deviation, in percent where the values are fractions."""
+        """Mean and standard deviation, in percent if the values are fractions."""
         values = [value for value in (primary(rows, role) for rows in seeds.values()) if value is not None]
         unit = factor[role]
         deviation = unit * stdev(values) if len(values) > 1 else 0.0

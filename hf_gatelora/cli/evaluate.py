@@ -15,7 +15,7 @@ def evaluate(arguments: Namespace) -> tuple[list[dict], str, int]:
     output = arguments.output
     if output is None:
         if not Path(arguments.adapter).is_dir():
-            raise ValueError(f"{arguments.adapter} is no folder that results could be written to: give --output FILE.")
+            raise ValueError(f"{arguments.adapter} is not a folder that results can be written to: give --output FILE.")
         output = Path(arguments.adapter) / "results.jsonl"
     named = {name: parse_named_sources(name, getattr(arguments, name)) for name in ("ood", "retention", "bank")}
     templates = prompt_templates(arguments.templates) if arguments.templates else None

@@ -78,13 +78,14 @@ def evaluate_adapter(
     `load_images`. If the adapter brought its classification head, the base is measured by a head on ID and OOD sets
     only if `model` is given, as a copy of the base with the head that the training started from.
 
-    What is None is measured the way that the results beside the adapter were measured, else by the default named here.
+    `templates`, `retrieval`, `k` and `temperature` are by default those of the results beside the adapter, if there are
+    any, else the values named here.
 
     Args:
         adapter: folder or Hub id of a LoRA adapter, of this package or not.
         model: folder or Hub id of its base; default: the one that the adapter names.
         id: source of the ID set, which rows call `test`.
-        ood, retention: sources by the names of the sets. OOD sets have the classes of the ID set or a part of them.
+        ood, retention: sources by the names of the sets. OOD sets have the classes of the ID set or some of these.
         bank: by the name of a set, a source of labelled images whose neighbours vote on it (k-NN).
         templates: prompts with {} for the class name; "a photo of a {}".
         retrieval: whether ID and OOD sets that have captions are measured by retrieval even if they have labels; False.
@@ -138,10 +139,9 @@ def evaluate_adapter(
     if is_clip:
         templates = list(templates or run.get("templates") or ["a photo of a {}"])
         retrieval = run.get("retrieval", False) if retrieval is None else retrieval
-        arguments |= {"templates": templates, "retrieval": retrieval}
+        arguments["retrieval"] = retrieval
     else:
         k, temperature = k or run.get("k", 20), temperature or run.get("temperature", 0.07)
-        arguments |= {"k": k, "temperature": temperature}
     published = None if is_clip else _published_head(base, new_head, name)
     # The published head is not the one that another head's training started from.
     headless = not is_clip and (new_head or model is None) and _brought_head(found, base)
@@ -200,7 +200,7 @@ def evaluate_adapter(
     rows += [{"method": method, **row} for row in measure_tuned(suite, tuned, method, scales)]
     own = output is not None and Path(output).parent.resolve() == found.folder.resolve()
     which = {} if own else {"adapter": str(adapter)}
-    results = Results(None, **which, model=name, seed=seed, arguments=arguments)
+    results = Results(None, **which, model=name, seed=seed, arguments={**arguments, **suite.way})
     results.extend(rows)
     if output is not None:
         update_results(results.rows, output)

@@ -1,4 +1,4 @@
-"""Features of vision backbones: what k-NN compares, what a classification head reads, and what it says."""
+"""Features of vision backbones: the input of k-NN, and input and output of a classification head."""
 
 import re
 from typing import NamedTuple
@@ -14,9 +14,9 @@ from .parallel import map_images
 class BackboneFeatures(NamedTuple):
     """What one forward pass gives for n images, fp32 on the CPU."""
 
-    pooled: Tensor  # (n, d): the backbone's pooled output, else what its head reads, else the first token
-    head_input: Tensor  # (n, h): what the classification head reads; `pooled` where there is no head
-    logits: Tensor  # (n, classes): what it says; (n, 0) where there is no head
+    pooled: Tensor  # (n, d): the backbone's pooled output, else the head's input, else the first token
+    head_input: Tensor  # (n, h): the input of the classification head; `pooled` if there is no head
+    logits: Tensor  # (n, classes): its output; (n, 0) if there is no head
 
 
 def split_classifier(model: nn.Module) -> tuple[nn.Module, str | None, nn.Module | None]:
@@ -26,7 +26,7 @@ def split_classifier(model: nn.Module) -> tuple[nn.Module, str | None, nn.Module
         model: a transformers model, or a `PeftModel` on one.
 
     Raises:
-        ValueError: where it is not clear which part is the backbone or the head.
+        ValueError: if it is not clear which part is the backbone or the head.
     """
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     backbone, classifies = whole.base_model, type(whole).__name__.endswith("ForImageClassification")
@@ -41,7 +41,7 @@ def split_classifier(model: nn.Module) -> tuple[nn.Module, str | None, nn.Module
     }
     if backbone is whole or len(beside) != 1:
         raise ValueError(
-            f"{type(whole).__name__} cannot be told apart into one backbone and one classification head (its parts: "
+            f"{type(whole).__name__} cannot be split into one backbone and one classification head (its parts: "
             f"{', '.join(name for name, _ in whole.named_children())}). Use an AutoModelForImageClassification that "
             "has one head beside its backbone, such as Dinov2, ViT, SigLIP or CLIP."
         )
@@ -64,7 +64,7 @@ def backbone_features(
 ) -> BackboneFeatures:
     """Features of a vision backbone, with or without a classification head.
 
-    Collective: each process computes a part of the images, and every one gets all features. Images are not kept.
+    Collective: each process computes a part of the images, and all get all features. Images are not kept.
 
     Args:
         model: a transformers vision backbone or image classifier, or a `PeftModel` on one; its mode is left as it was.

@@ -1,4 +1,4 @@
-"""Passing images through a model: the rows spread over processes, what they computed brought together again."""
+"""Passing images through a model: the rows spread over processes, and the results gathered."""
 
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -20,23 +20,23 @@ def map_images(
     description: str,
     num_workers: int = 0,
 ) -> Tensor:
-    """What `compute` makes of the pixels of all images, fp32 on the CPU, in their order. Collective.
+    """Apply `compute` to the pixels of all images: fp32 on the CPU, in the order of the images. Collective.
 
-    Each process computes a part of the images, in as many batches as every other one (engines that shard a model
-    demand it), and gets the results of all. Progress is shown; images are not kept.
+    Each process computes a part of the images, in as many batches as every other process (engines that shard a model
+    need that), and gets the results of all. Progress is shown; images are not kept.
 
     Args:
-        compute: from pixels of shape (batch, 3, H, W), on the model's device, to one row per image.
-        model: in evaluation mode meanwhile.
+        compute: makes one row per image from pixels of shape (batch, 3, H, W) on the model's device.
+        model: it is in evaluation mode meanwhile.
         images: rows with `pixel_values` of shape (3, H, W).
 
     Raises:
-        ValueError: where there are no images.
+        ValueError: if there are no images.
     """
     state, count = PartialState(), len(images)
     if not count:
         raise ValueError(f"{description}: there are no images.")
-    # The last row fills the parts up to one length.
+    # The last row is repeated until all parts have the same length.
     rows = [
         min(row, count - 1)
         for row in range(

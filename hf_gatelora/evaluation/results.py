@@ -4,7 +4,7 @@ import logging
 import os
 
 from ..records import read_earlier, write_results
-from .templates import prompt_templates
+from .templates import NAMED, prompt_templates
 
 logger = logging.getLogger(__name__)
 
@@ -17,10 +17,10 @@ def way_of(arguments: dict) -> dict:
     """
     templates = arguments.get("templates") or arguments.get("prompt")
     if isinstance(templates, str):
-        templates = [templates] if "{}" in templates else prompt_templates(templates)
+        templates = prompt_templates(templates) if templates in NAMED else [templates]
     mode = arguments.get("mode")
     found = {
-        "templates": templates and list(templates),
+        "templates": [str(template) for template in templates] if isinstance(templates, list) else None,
         "k": arguments.get("k", arguments.get("knn_k")),
         "temperature": arguments.get("temperature", arguments.get("knn_temperature")),
         "retrieval": arguments.get("retrieval", mode and mode == "contrastive"),
@@ -31,8 +31,8 @@ def way_of(arguments: dict) -> dict:
 def update_results(rows: list[dict], path: str | os.PathLike) -> None:
     """Add rows to a results file. Those of the same measurement (adapter, method, set, metric, scale) are replaced.
 
-    Others stay, unless they cannot be compared with the new ones: of a set of the same name from another source, or
-    measured in another way (`way_of`). Those are dropped, and a logged warning names them.
+    Others stay, unless they cannot be compared with the new ones because they are of a set of the same name from
+    another source or were measured in another way (`way_of`). These are dropped, and a logged warning names them.
 
     Raises:
         ValueError: if the file cannot be read.

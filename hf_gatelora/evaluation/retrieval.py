@@ -18,27 +18,27 @@ def recall_at(
 ) -> dict[str, float]:
     """Recall at k of image-to-text and text-to-image retrieval: how often a match is among the k nearest.
 
-    An image and a text match where some pair has that image and that caption string: pairs of one image share it as
-    their group, and equal captions are the same caption. Every text is a query and a candidate, every image (not every
+    An image and a text match if some pair has that image and that caption: pairs of the same group have the same image,
+    and equal strings are the same caption. Every text is a query and a candidate, every image (not every
     pair) likewise, as on COCO and Flickr30k with five captions an image. With k or fewer candidates the recall is 1.
 
     Args:
-        images, texts: normalised features of shape (n, d), row i of both from pair i. The first row of a group stands
-            for its image.
+        images, texts: normalised features of shape (n, d), row i of both from pair i. The first row of a group
+            represents its image.
         captions: the n caption strings.
         ks: values of k, 1, 5 and 10 by default.
-        groups: n ids of the images, equal for the pairs of one image; None where each pair has an image of its own.
+        groups: n ids of the images, equal for the pairs of one image; None: each pair has its own image.
 
     Returns:
         Fractions `image_to_text_recall@{k}` and `text_to_image_recall@{k}`.
 
     Raises:
-        ValueError: lengths that do not fit, or no k, or one below 1.
+        ValueError: if the lengths differ, or there is no k or one below 1.
     """
     groups = range(len(images)) if groups is None else groups.tolist() if isinstance(groups, Tensor) else groups
     counts = {"images": len(images), "texts": len(texts), "captions": len(captions), "groups": len(groups)}
     if len(set(counts.values())) > 1 or not len(images):
-        raise ValueError(f"the pairs do not fit together: {counts}. Give one of each for every pair.")
+        raise ValueError(f"the pairs do not match: {counts}. Give one of each for every pair.")
     if not ks or min(ks) < 1:
         raise ValueError(f"ks = {tuple(ks)}: give one or more numbers, each 1 or larger.")
     image, caption = _indices(groups), _indices(captions)

@@ -119,6 +119,11 @@ class Suite(ABC):
             nothing is known.
         """
 
+    @property
+    def way(self) -> dict:
+        """How it measures, for the arguments in results: see `way_of`. Empty by default."""
+        return {}
+
     def of_logits(self, logits: Tensor, labels: Tensor) -> dict[Metric, float]:
         """Measure logits of shape (n, classes) and class indices of shape (n,) by `logit_metrics`."""
         return {m: value for metric in self.logit_metrics for m, value in metric.measure(logits, labels).items()}
@@ -165,6 +170,10 @@ class ClipSuite(Suite):
     templates: tuple[str, ...] = ("a photo of a {}",)
     probe: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def way(self):
+        return {"templates": list(self.templates)}
+
     def metrics(self, model, data, title):
         images = image_features(model, data.images, self.batch_size, title, self.num_workers)
         if data.labels is None:
@@ -195,6 +204,10 @@ class ClassifierSuite(Suite):
     k: int = 20
     temperature: float = 0.07
 
+    @property
+    def way(self):
+        return {"k": self.k, "temperature": self.temperature}
+
     @torch.no_grad()
     def metrics(self, model, data, title):
         found = {}
@@ -206,7 +219,7 @@ class ClassifierSuite(Suite):
                     _check_order(f"The classes of {data.name!r} and of the model's id2label", data.class_names, names)
                 found |= self.of_logits(features.logits, data.labels)
         elif data.name in self.head_classes:
-            logits = self.original_head(features.head_input)  # on the CPU, where both are
+            logits = self.original_head(features.head_input)  # both are on the CPU
             found |= self.of_logits(logits[:, self.head_classes[data.name]], data.labels)
         if data.bank is not None:
             bank = backbone_features(

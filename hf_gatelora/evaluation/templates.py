@@ -14,6 +14,7 @@ SIMPLE = [
     "a drawing of a {}",
     "a {} in its surroundings",
 ]
+NAMED = ("simple", "openai")
 
 
 def prompt_templates(name: str) -> list[str]:
@@ -21,10 +22,10 @@ def prompt_templates(name: str) -> list[str]:
 
     Args:
         name: `"simple"`, 8 templates of this package; or `"openai"`, the 80 that CLIP used on ImageNet, as open_clip
-            has them. Without open_clip these are the simple ones too, and a logged warning says so.
+            has them. Without open_clip it gives the simple ones too, and logs a warning.
 
     Raises:
-        ValueError: another name.
+        ValueError: if the name is another one.
     """
     if name == "simple":
         return list(SIMPLE)
@@ -34,8 +35,8 @@ def prompt_templates(name: str) -> list[str]:
         from open_clip import OPENAI_IMAGENET_TEMPLATES
     except ImportError as error:
         logger.warning(
-            "The 'openai' templates come with open_clip, which cannot be imported (%s): the %d 'simple' ones take "
-            "their place, and accuracies are not comparable with CLIP's. pip install open_clip_torch brings them.",
+            "The 'openai' templates come with open_clip, which cannot be imported (%s): the %d 'simple' ones are used "
+            "instead, and accuracies are not comparable with CLIP's. To get them: pip install open_clip_torch",
             error,
             len(SIMPLE),
         )
@@ -47,7 +48,7 @@ def imagenet_class_names() -> list[str]:
     """Names of the 1000 ImageNet-1k classes, in the order of their indices, as open_clip has them.
 
     Raises:
-        ImportError: open_clip is not installed.
+        ImportError: if open_clip is not installed.
     """
     try:
         from open_clip import IMAGENET_CLASSNAMES

@@ -13,7 +13,7 @@ from .parallel import evaluating, map_images
 def image_features(
     model, images: Dataset, batch_size: int = 64, description: str = "images", num_workers: int = 0
 ) -> Tensor:
-    """L2-normalised image features, fp32 on the CPU, shape (n, d). Collective: each process computes a part of them.
+    """L2-normalised image features, fp32 on the CPU, shape (n, d). Collective: each process computes a part.
 
     Args:
         model: a `CLIPModel` or a `PeftModel` on one; its mode is left as it was.
@@ -64,7 +64,7 @@ def ensemble_text_features(
         Features of shape (classes, d), fp32 on the CPU.
 
     Raises:
-        ValueError: no class, no template, or a template without `{}`.
+        ValueError: if there is no class, no template, or a template has no `{}`.
     """
     if not class_names or not templates:
         raise ValueError(f"{len(class_names)} class names and {len(templates)} templates: give at least one of each.")

@@ -98,7 +98,7 @@ class RetentionCallback(TrainerCallback):
     def _with_base(self, rows: list[dict], args, state, model: PeftModel) -> list[dict]:
         """Rows of the base and of the model now, with what the results file says of each."""
         stated = {"model": model.active_peft_config.base_model_name_or_path, "seed": args.seed}
-        results = Results(None, **stated, arguments=not_default(args))
+        results = Results(None, **stated, arguments={**not_default(args), **self.suite.way})
         method = "gated" if hasattr(model, CONTROLLER) else "adapter"
         results.extend([{"method": "base", **row} for row in self.base])
         gates = getattr(model, CONTROLLER, None)
