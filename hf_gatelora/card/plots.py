@@ -84,13 +84,13 @@ def frontier(rows: list[dict], path: str | os.PathLike) -> None:
         rows: of a results file; of several seeds the means are drawn, with their standard deviations as bars.
         path: PNG file, written under a temporary name and then renamed.
     """
-    found: dict[str, dict[float, dict[int, list[dict]]]] = {}
+    found: dict[str, dict[float, dict[int | None, list[dict]]]] = {}
     for row in rows:
         if row["role"] in TITLES:
             scales = found.setdefault(row["method"], {})
             scales.setdefault(row.get("wise", 1.0), {}).setdefault(row.get("seed"), []).append(row)
 
-    def point(seeds: dict[int, list[dict]], role: str) -> tuple[float, float]:
+    def point(seeds: dict[int | None, list[dict]], role: str) -> tuple[float, float]:
         """Mean and standard deviation, in percent if the values are fractions."""
         values = [value for value in (primary(rows, role) for rows in seeds.values()) if value is not None]
         unit = factor[role]

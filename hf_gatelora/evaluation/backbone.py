@@ -54,7 +54,7 @@ def head_names(id2label: dict | None) -> list[str] | None:
     Args:
         id2label: of the model's config; its keys may be strings.
     """
-    names = [id2label[key] for key in sorted(id2label or {}, key=int)]
+    names = [name for _, name in sorted((id2label or {}).items(), key=lambda item: int(item[0]))]
     # LABEL_0 and so on are the placeholders of transformers.
     return None if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
 

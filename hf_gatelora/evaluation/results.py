@@ -46,7 +46,8 @@ def update_results(rows: list[dict], path: str | os.PathLike) -> None:
 
     new = {measurement(row) for row in rows}
     current = {on_set(row): (row["split"], way_of(row.get("arguments") or {})) for row in rows}
-    kept, dropped = [], {}
+    kept: list[dict] = []
+    dropped: dict[tuple, list[str]] = {}
     for row in read_earlier(path):
         if measurement(row) in new:
             continue
