@@ -460,6 +460,39 @@ def test_callback_takes_no_random_numbers_and_resumes(tmp_path):
             assert all(torch.equal(found[key], plain[key]) for key in plain)
 
 
+@pytest.mark.parametrize("trained", [None, True])
+def test_a_random_head_is_not_a_base(trained, tmp_path):
+    """Unless it is said to be trained; and a resumed run keeps the base's rows that its checkpoint holds."""
+    family = FAMILIES["dinov2"]
+
+    def run(folder, resume=None, seed=0):
+        base = family["model"]()
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(base.classifier.weight)  # drawn by each process for itself
+        model = get_peft_model(base, lora_config(base, modules_to_save=["classifier"]))
+        callback = RetentionCallback(watched(), trained_head=trained)
+        trainer = make_trainer(family, folder, model, callbacks=[callback], eval_dataset=Images(), **RUN)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, read_results(folder / "results.jsonl")
+
+    trainer, rows = run(tmp_path / "whole")
+    base = [(row["role"], row["metric"]) for row in rows if row["method"] == "base"]
+    assert ("retention", "knn_top1") in base
+    assert (("id", "top1") in base) == bool(trained)
+    assert any("eval_id/id/top1" in entry for entry in trainer.state.log_history)
+    assert any("eval_id/id/top1_delta" in entry for entry in trainer.state.log_history) == bool(trained)
+    _, resumed = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-20"), seed=1)
+    values = [[row["value"] for row in found if row["method"] == "base"] for found in (rows, resumed)]
+    assert values[0] == values[1]
+
+
+def test_what_is_not_measured_cannot_choose_a_model(tmp_path):
+    sets = [data for data in watched().sets if data.role == "id"]
+    callback = RetentionCallback(ClassifierSuite(sets=sets, k=3))
+    with pytest.raises(ValueError, match="'id_kept' needs retention sets, and the suite of RetentionCallback has none"):
+        make_trainer(FAMILIES["dinov2"], tmp_path, callbacks=[callback], metric_for_best_model="id_kept")
+
+
 def test_all_closed_keeps_everything():
     family, suite = FAMILIES["dinov2"], watched()
     model = get_peft_model(family["model"](), lora_config(family["model"]()))

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from ..evaluation.suite import Suite
+from ..evaluation.suite import Suite, rows_of_base
 from ..records import (
     RESULTS_FILE,
     ROLES,
@@ -28,6 +28,10 @@ def _trainer_of(state: TrainerState) -> Trainer:
     """The Trainer whose state this is: callbacks are not told, and it alone reaches all that report its log."""
     # By type: isinstance would ask objects of other libraries for their class, of which some warn.
     return next(found for found in gc.get_objects() if issubclass(type(found), Trainer) and found.state is state)
+
+
+def _of_set(row: dict) -> tuple:
+    return row["role"], row["data"], row["split"], row["metric"]
 
 
 class RetentionCallback(TrainerCallback):
@@ -49,10 +53,18 @@ class RetentionCallback(TrainerCallback):
         max_samples: images per set, 500; None takes all.
         max_loss: retention that may be lost for `eval_id_kept`, a fraction, 0.01.
         file: name of the results file that the rows of the base and of the last evaluation (at the end, those of the
-            best model where that is loaded) are written to, in the output folder; model cards take their numbers from
-            it. None writes none.
-        log: called with the entries; by default the `log` of the Trainer that evaluates. The base is taken to stay as
-            it is while this object lives.
+            best model if that is loaded) are written to, in the output folder; model cards take their numbers from it.
+            None writes none.
+        log: called with the entries; by default the `log` of the Trainer that evaluates.
+        trained_head: whether the classification head that the adapter starts from is trained, as a published or a
+            fitted one is. A random head is not a base: ID and OOD sets have no base by it, and no delta. By default a
+            head counts if the adapter does not bring one in `modules_to_save`.
+
+    The base is taken to stay as it is while this object lives; in a resumed run its rows come with the checkpoint.
+
+    Raises:
+        ValueError: if a number is out of range; as the Trainer is made, if `metric_for_best_model` names what the suite
+            does not measure.
     """
 
     def __init__(
@@ -62,16 +74,27 @@ class RetentionCallback(TrainerCallback):
         max_loss: float = 0.01,
         file: str | None = RESULTS_FILE,
         log: Callable[[dict[str, float]], None] | None = None,
+        trained_head: bool | None = None,
     ):
         if max_samples is not None and max_samples < 1:
             raise ValueError(f"max_samples={max_samples}: give the number of images per set, at least 1, or None.")
         if not 0 <= max_loss <= 1:
             raise ValueError(f"max_loss={max_loss} is a fraction of all retention images: give a number in [0, 1].")
         self.suite = suite if max_samples is None else suite.sample(max_samples)
-        self.max_loss, self.file, self.log = max_loss, file, log
+        self.max_loss, self.file, self.log, self.trained_head = max_loss, file, log, trained_head
         self.base: list[dict] | None = None
         self._found: dict[str, float] | None = None  # of this step's weights
         self._training = False
+
+    def on_init_end(self, args, state, control, **kwargs):
+        name = (args.metric_for_best_model or "").removeprefix("eval_").removesuffix("_delta")
+        needed = {"id_kept": ("id", "retention")}.get(name, (name,) if name in ROLES else ())
+        missing = [role for role in needed if role not in {data.role for data in self.suite.sets}]
+        if missing:
+            raise ValueError(
+                f"metric_for_best_model={args.metric_for_best_model!r} needs {' and '.join(missing)} sets, and the "
+                "suite of RetentionCallback has none. Add one, or choose by another metric."
+            )
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._training, self._found = True, None
@@ -107,6 +130,19 @@ class RetentionCallback(TrainerCallback):
         results.extend([{"method": method, **row, **known} for row in rows])
         return results.rows
 
+    def _head_counts(self, model: PeftModel) -> bool:
+        """Whether the head that the adapter started from is one that somebody trained."""
+        if self.trained_head is not None:
+            return self.trained_head
+        return not getattr(model.active_peft_config, "modules_to_save", None)
+
+    def _resumed_base(self, model: PeftModel, rows: list[dict]) -> list[dict] | None:
+        """The base's rows that came with a checkpoint, if they are of these sets; None if there are none."""
+        gates = getattr(model, CONTROLLER, None)
+        base = [row for row in gates.results if row["method"] == "base"] if gates is not None else []
+        wanted = {(*_of_set(row), row["n"]) for row in rows_of_base(rows, self._head_counts(model))}
+        return base if wanted and wanted == {(*_of_set(row), row["n"]) for row in base} else None
+
     def _publish(self, rows: list[dict], args, state, model: PeftModel) -> None:
         """Write rows to the results file, and hand them to the gates, whose saves carry them along."""
         if state.is_world_process_zero:
@@ -124,20 +160,27 @@ class RetentionCallback(TrainerCallback):
         with torch.random.fork_rng(devices=[]):
             rows = self.suite.measure(model, "now")
             if self.base is None:
+                self.base = self._resumed_base(model, rows)
+            if self.base is None:
                 with model.disable_adapter():
-                    self.base = self.suite.measure(model, "base")
+                    self.base = rows_of_base(self.suite.measure(model, "base"), self._head_counts(model))
         for parameter, value in trainable.items():  # PEFT makes every adapter trainable that it enables
             parameter.requires_grad_(value)
-        before = {(row["data"], row["metric"]): row["value"] for row in self.base}
-        entries = {}
+        before = {_of_set(row): row["value"] for row in self.base}
+        entries: dict[str, float] = {}
         for row in rows:
             key = f"eval_{row['role']}/{row['data']}/{row['metric']}"
-            entries |= {key: row["value"], f"{key}_delta": row["value"] - before[row["data"], row["metric"]]}
-        means = {}
+            entries[key] = row["value"]
+            if _of_set(row) in before:
+                entries[f"{key}_delta"] = row["value"] - before[_of_set(row)]
+        means: dict[str, float] = {}
         for role in ROLES:
-            if (now := primary(rows, role)) is not None:
-                means |= {f"eval_{role}": now, f"eval_{role}_delta": now - primary(self.base, role)}
-        if "eval_id" in means and "eval_retention" in means:
+            now, then = primary(rows, role), primary(self.base, role)
+            if now is not None:
+                means[f"eval_{role}"] = now
+            if now is not None and then is not None:
+                means[f"eval_{role}_delta"] = now - then
+        if "eval_id" in means and "eval_retention_delta" in means:
             gained, kept = (metric_of(primary_rows(rows, role)[0]) for role in ("id", "retention"))
             sign = {True: 1, False: -1}.get(kept.higher_is_better)
             if sign and gained.higher_is_better and gained.unit == "%":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..adapters.checkpoint import check_same_run, load_raw, read_state
 from ..adapters.export import write_adapter
+from ..adapters.files import read_rows
 from ..gates import engines, lora_layers
 from ..gates.state import open_mask_of
 
@@ -160,3 +161,4 @@ def restore(gates: "GateController", directory, engine_loaded: bool = False) -> 
     elif not engine_loaded:
         load_raw(gates.model, raw)
     gates.load_state_dict(state, write_scores=not engine_loaded, run=summary.get("run"))
+    gates.record(read_rows(Path(directory)))
