@@ -221,10 +221,10 @@ def label(row: dict) -> str:
     return row["method"] + (f" x {row['wise']:g}" if "wise" in row else "")
 
 
-def package_versions() -> dict[str, str]:
+def package_versions(names: tuple[str, ...] = PACKAGES) -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:  # not installed as a package, for instance run from a source tree

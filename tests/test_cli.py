@@ -9,6 +9,8 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+from accelerate.commands import env
+from accelerate.commands.config import config_args
 from datasets import ClassLabel
 from models import FAMILIES, VISION, lora_config, outputs_of, randomize
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,7 +27,7 @@ from transformers import (
 from world import NAMES, ROOT, dataset
 
 from hf_gatelora import GateConfig, attach_gates
-from hf_gatelora.adapters import doctor
+from hf_gatelora.adapters import doctor, inspection
 from hf_gatelora.cli import main
 from hf_gatelora.records import read_results, write_results
 
@@ -102,14 +104,14 @@ def test_inspect(adapters, gatelora, tmp_path):
     assert (report["bytes"], report["lora_parameters"]) == (size, 2 * 4 * (16 + 32))
     assert gatelora("inspect", adapters / "biased")[1].count(".bias") == 3
     status, out, _ = gatelora("inspect", adapters / "checkpoint")
-    assert "WARNING: the gates are not frozen yet; the file holds 18 modules" in out
+    assert "WARNING: not frozen yet, so blocks can still open and close; 18 are in the file" in out
 
 
 def test_inspect_two(adapters, gatelora):
     status, out, _ = gatelora("inspect", adapters / "gated", adapters / "stock")
     assert status == 0
     assert "LoRA of rank 2, alpha 8, on 3 modules" in out
-    assert "Blocks of either that both have: 1 (25.0%)" in out
+    assert "Blocks in both: 1 (25.0% of those in either)" in out
     assert ["all", "1", "1", "2"] in [line.split() for line in out.splitlines()]
     assert "WARNING" not in out
     assert "they name different base models" in gatelora("inspect", adapters / "gated", adapters / "headed")[1]
@@ -330,12 +332,13 @@ def test_doctor(world, gatelora):
     expected = get_peft_model(FAMILIES["clip"]["model"](), lora_config(FAMILIES["clip"]["model"]()))
     trainable, _ = expected.get_nb_trainable_parameters()
     assert f"{trainable:,} LoRA parameters" in out
+    assert out.splitlines()[-1].startswith("Verdict: This can be trained: 3 of 18 blocks would stay open.")
     assert "visual_projection, text_projection" in out
     status, out, _ = gatelora("doctor", world / "dinov2", "--target-modules", "query", "fc1", "classifier")
     assert status == 1
     assert "'query' is called q_proj since transformers 5" in out
     assert "target_active=0.05 of 3 gates rounds to 0 open gates" in out
-    assert "heads or projections would be gated as well: classifier" in out
+    assert "heads or projections would be gated too: classifier" in out
     assert "dinov2 o_proj (x2)" in out
     status, out, _ = gatelora("doctor", world / "dinov2", "--target-modules", "all-linear", "--json")
     assert (json.loads(out)["model"]["heads"], json.loads(out)["model"]["gates"]) == ([], 12)
@@ -347,15 +350,23 @@ def test_doctor_of_the_machine(gatelora, monkeypatch, tmp_path):
     found = json.loads(gatelora("doctor", "--json")[1])["environment"]
     assert set(found["launchers"]) == {file.stem for file in (ROOT / "accelerate_configs").glob("*.yaml")}
     assert found["versions"]["torch"] == torch.__version__.split("+")[0]
-    (tmp_path / "default.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
-    monkeypatch.setattr(doctor, "default_config_file", str(tmp_path / "default.yaml"))
+    file = tmp_path / "default.yaml"
+    file.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
+    for module in (env, config_args):
+        monkeypatch.setattr(module, "default_config_file", str(file))
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "deepspeed" else "1")
+    monkeypatch.setattr(doctor, "package_versions", lambda names: {"torch": "1"})
     status, out, _ = gatelora("doctor")
     assert status == 0
+    assert f"PyTorch version: {torch.__version__}" in out
     assert "distributed_type MULTI_CPU, num_processes 2" in out
     assert "WARNING: no MPI" in out
     assert 'deepspeed_zero2  no: DeepSpeed is not installed: pip install "hf_gatelora[deepspeed]"' in out
+    assert "Verdict: This machine can launch cpu, multi_cpu" in out.splitlines()[-1]
+    for broken in ("distributed_type: NONE", "num_processes: [", "x"):
+        file.write_text(broken)
+        status, _, err = gatelora("doctor")
+        assert (status, "accelerate's default config, cannot be read" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -371,9 +382,9 @@ def test_doctor_of_the_machine(gatelora, monkeypatch, tmp_path):
         ("doctor {world}/folder", "is no model that transformers can load"),
         ("doctor {world}/model --budget 1.5", "out of range"),
         ("doctor {world}/model --budget half", "neither a number nor JSON"),
-        ("doctor {world}/model --rank 0", "'0' is no positive whole number"),
-        ("doctor --target-modules q_proj {world}/model", "put MODEL first"),
-        ("doctor --rank 8", "put MODEL first"),
+        ("doctor {world}/model --rank 0", "'0' is not a positive whole number"),
+        ("doctor --target-modules q_proj {world}/model", "options need a MODEL: put it first"),
+        ("doctor --rank 8", "options need a MODEL: put it first"),
         ("inspect {adapters}/broken", "gates.json cannot be read (KeyError('blocks'))"),
         ("fold {adapters}/broken {new}", "gates.json cannot be read (KeyError('blocks'))"),
         ("fold {adapters}/stock {new}", "there is nothing to fold"),
@@ -385,7 +396,11 @@ def test_doctor_of_the_machine(gatelora, monkeypatch, tmp_path):
         ("wise {adapters}/gated 1.5 {new}", "scale=1.5 is out of range"),
         ("wise {adapters}/gated half {new}", "invalid float value: 'half'"),
         ("wise {adapters}/headed 0.5 {new}", "pass the base model whose head it replaces (--model)"),
-        ("combine {adapters}/gated=much {new}", "'much' is no number"),
+        ("combine {adapters}/gated=much {adapters}/stock {new}", "'much' is not a number"),
+        ("combine {adapters}/gated {adapters}/stock", "required: OUTPUT"),
+        ("card {adapters}/nothing", "is not a local folder"),
+        ("card {adapters}/stock --base {world}/model", "is not the Hub id of a model"),
+        ("push {adapters}/stock user/repo --hub_tokn hf_abcdefghijklmnopqrstuvwxyz", "arguments: --hub_tokn *** (see"),
         ("combine {adapters}/gated {adapters}/headed {new}", "are on different base models"),
         ("evaluate {adapters}/gated", "There is nothing to measure"),
         ("evaluate {adapters}/gated --ood {world}/saved", "give name=source"),
@@ -408,11 +423,41 @@ def test_doctor_of_the_machine(gatelora, monkeypatch, tmp_path):
 )
 def test_bad_input(adapters, world, gatelora, tmp_path, line, message):
     known = {"adapters": adapters, "world": world, "new": tmp_path / "new"}
-    status, out, err = gatelora(*line.format(**known).split())
-    assert message.format() in err + out
-    assert status == (1 if "--budget 1.5" in line else 2)
+    status, out, err = gatelora(*line.format(**known).split(), "--json")
+    report, said = json.loads(out), err.splitlines()[-1:]
+    if "--budget 1.5" in line:  # found by the check, not refused
+        assert (status, message in report["model"]["problems"][0]) == (1, True)
+        assert "cannot be trained as asked" in report["verdict"]
+    else:
+        assert (status, f"gatelora: {report['error']}") == (2, *said)
+        assert message.format() in report["error"]
     assert not (tmp_path / "new").exists()
     assert "Traceback" not in err
+    assert "abcdefghij" not in out + err
+
+
+def test_nothing_in_a_file_commands_the_terminal(adapters, gatelora, tmp_path, monkeypatch):
+    folder = shutil.copytree(adapters / "gated", tmp_path / "gated")
+    text = (folder / "gates.json").read_text()
+    (folder / "gates.json").write_text(text.replace(OPEN[0], OPEN[0] + r"\u001b[2J\u009b\u202e\ud800"))
+    status, out, _ = gatelora("inspect", folder)
+    assert (status, OPEN[0] + r"\x1b[2J\x9b\u202e\ud800" in out) == (0, True)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "\x1b[31mbase"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    status, _, err = gatelora("merge", folder, tmp_path / "merged")
+    assert (status, "\x1b" in err, r"\x1b[31mbase" in err) == (2, False, True)
+    monkeypatch.setattr(inspection, "read_shapes", lambda folder: {}["a fault of ours"])
+    status, _, err = gatelora("inspect", folder)
+    assert (status, err.count("\n"), "KeyError: 'a fault of ours'. If the input is intact" in err) == (2, 1, True)
+
+
+def test_no_code_of_a_model_is_run(gatelora, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "x", "auto_map": {"AutoConfig": "evil.Config"}}')
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    status, _, err = gatelora("doctor", tmp_path)
+    assert (status, "custom code" in err) == (2, True)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_classes_that_the_head_does_not_have(adapters, world, gatelora, tmp_path):

@@ -20,6 +20,7 @@ from models import FAMILIES, outputs_of
 from transformers import TrainerCallback
 from world import TinyClip, parse, words
 
+from hf_gatelora import training
 from hf_gatelora.card.push import PushError, push_adapter
 from hf_gatelora.cli import main as gatelora
 
@@ -163,28 +164,83 @@ def test_a_card_that_was_edited_on_the_hub_stays(hub, adapter, caplog):
     push_adapter(adapter, REPO)
     edited = hub.files(REPO)["README.md"] + b"\nMy own words.\n"
     hub.repos[REPO]["branches"]["main"][-1]["files"]["README.md"] = edited
-    (adapter / "extra.json").write_text("{}")
+    (adapter / "vocab.txt").write_text("red")
     push_adapter(adapter, REPO)
     assert hub.files(REPO)["README.md"] == edited
     hub.failure = Failure("resolve", 503)  # whether it was edited is not to be known
     with pytest.raises(PushError, match="503"):
         push_adapter(adapter, REPO)
-    (adapter / "extra.json").unlink()
+    (adapter / "vocab.txt").unlink()
     assert hub.files(REPO)["README.md"] == edited
-    assert "extra.json" in hub.files(REPO)
+    assert "vocab.txt" in hub.files(REPO)
     assert "was edited on the Hub" in caplog.text
+
+
+def test_a_push_uploads_only_what_belongs_to_the_adapter(hub, adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    own = {file.name for file in folder.iterdir()} - {"training_args.bin"}
+    for name in ("vocab.txt", "preprocessor_config.json"):
+        (folder / name).write_text("{}")
+    (folder / "runs" / "Nov26_myhost").mkdir(parents=True)
+    for name in ("credentials.json", "token.txt", "notes.md", "log.jsonl", "face.png", "other.safetensors"):
+        (folder / name).write_text("private")
+    (folder / "runs" / "Nov26_myhost" / "events.out.tfevents.1764150000.myhost.1.0").write_text("private")
+    push_adapter(folder, REPO)
+    assert set(hub.files(REPO)) == {*own, "vocab.txt", "preprocessor_config.json"}
+
+
+@pytest.mark.parametrize("name", ["README.md", "gates.json", "vocab.txt", ".eval_results"])
+def test_links_are_not_followed(hub, adapter, tmp_path, name, capsys):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.txt").write_text("private")
+    (outside / "hf_gatelora.yaml").write_text("private")
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(outside / "secret.txt" if "." in name[1:] else outside)
+    assert gatelora(["push", str(folder), REPO]) == 2
+    assert "is a link and is not uploaded" in capsys.readouterr().err
+    assert REPO not in hub.repos
+    assert {file.read_text() for file in outside.iterdir()} == {"private"}
+
+
+def test_folders_of_this_machine_stay_here(hub, adapter, tmp_path, capsys):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "my-dino")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    row = {"method": "gated", "role": "id", "data": "test", "split": f"{tmp_path}/photos:test", "metric": "top1"}
+    row |= {"value": 0.5, "n": 8, "model": str(tmp_path / "my-dino"), "arguments": {"ood": [f"a={tmp_path}/a"]}}
+    (folder / "results.jsonl").write_text(json.dumps(row) + "\n")
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in (".json", ".jsonl")}
+    assert gatelora(["push", str(folder), REPO]) == 0
+    files = hub.files(REPO)
+    assert not [name for name, content in files.items() if str(tmp_path.parent).encode() in content]
+    pushed = json.loads(files["adapter_config.json"])
+    assert pushed == {**config, "base_model_name_or_path": "my-dino (local)"}
+    assert json.loads(files["results.jsonl"])["arguments"] == {"ood": ["a=a (local)"]}
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    line = ["push", str(folder), REPO, "--base", "facebook/dinov2-small", "--license", "mit"]
+    assert gatelora(line) == 0
+    files = hub.files(REPO)
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "facebook/dinov2-small"
+    data = ModelCard(files["README.md"].decode()).data
+    assert (data.base_model, data.license) == ("facebook/dinov2-small", "mit")
 
 
 # What fails, and what the message says.
 FAILURES = {
-    "no token": (Failure("create", 401), r"valid token \(401\)"),
-    "no right": (Failure("create", 403), r"may not write there \(403\)"),
-    "no right to commit": (Failure("commit", 403), r"may not write there \(403\)"),
-    "conflict": (Failure("commit", 409), r"changing the repository \(409\)"),
-    "too many": (Failure("commit", 429, {"Retry-After": "7"}), r"\(429\). Try again in 7 s"),
-    "too many at the upload": (Failure("upload", 429, {"Retry-After": "7"}), r"\(429\). Try again in 7 s"),
-    "server": (Failure("preupload", 500), r"problem of its own \(500\)"),
-    "server at the upload": (Failure("upload", 500), r"problem of its own \(500\)"),
+    "no token": (Failure("create", 401), r"401: it wants a valid token"),
+    "no right": (Failure("create", 403), r"403: the token may not write there"),
+    "no right to commit": (Failure("commit", 403), r"403: the token may not write there"),
+    "conflict": (Failure("commit", 409), r"409: somebody else is changing the repository"),
+    "too many": (Failure("commit", 429, {"Retry-After": "7"}), r"429: too many requests\. Try again in 7 s\."),
+    "too many at the upload": (
+        Failure("upload", 429, {"Retry-After": "7"}),
+        r"429: too many requests\. Try again in 7 s\.",
+    ),
+    "server": (Failure("preupload", 500), r"500: it has a problem of its own"),
+    "server at the upload": (Failure("upload", 500), r"500: it has a problem of its own"),
     "cut at the upload": (Failure("upload", None), "connection failed"),
     "cut at the commit": (Failure("commit", None), "connection failed"),
 }
@@ -263,7 +319,7 @@ def test_hub_strategies(hub, tmp_path, strategy, monkeypatch):
         assert {*own, "README.md", "gate_map.png"} <= set(first)
         assert "step 4 of 8" in re.sub(r"\s+", " ", first["README.md"].decode())
     assert_no_token(tmp_path)
-    assert not [content for content in files.values() if TOKEN.encode() in content]
+    assert not [content for content in files.values() if TOKEN.encode() in content or str(tmp_path).encode() in content]
     assert not list((tmp_path / "out").glob(".tmp*"))
 
 
@@ -301,7 +357,7 @@ def test_pushes_in_the_background_have_the_token(hub, tmp_path, monkeypatch):
     """Also where a checkpoint is saved meanwhile, for which the token leaves the arguments."""
     monkeypatch.delenv("HF_TOKEN")
     trainer = pushing_trainer(tmp_path, hub_strategy="every_save", save_strategy="steps", save_steps=4)
-    upload = trainer._upload
+    upload = training.hub.upload
 
     def meanwhile(*args, **more):
         token, trainer.args.hub_token = trainer.args.hub_token, None
@@ -310,14 +366,14 @@ def test_pushes_in_the_background_have_the_token(hub, tmp_path, monkeypatch):
         finally:
             trainer.args.hub_token = token
 
-    trainer._upload = meanwhile
+    monkeypatch.setattr(training.hub, "upload", meanwhile)
     trainer.train()
     assert len(hub.commits(REPO)) == 2
 
 
 def test_the_start_of_a_training_says_what_is_wrong(hub, tmp_path, caplog):
     hub.failure = Failure("create", 403)
-    with pytest.raises(PushError, match=r"\(403\).*Nothing was trained"):
+    with pytest.raises(PushError, match=r"403: .*Nothing was trained"):
         pushing_trainer(tmp_path)
     hub.failure = Failure("create", 500)
     trainer = pushing_trainer(tmp_path)  # one that is out of reach now need not be so later

@@ -43,7 +43,7 @@ def load_config(model: str | os.PathLike) -> PreTrainedConfig:
         ValueError: where there is none that transformers can read.
     """
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if (Path(model) / CONFIG_NAME).is_file():
             raise ValueError(f"{model} is an adapter, not a model.") from error
@@ -55,7 +55,7 @@ def empty_model(config: PreTrainedConfig, adapter: dict | None = None) -> PreTra
     """A model without weights (they are on the meta device), of the class that `model_class` says."""
     with init_empty_weights():
         kind = model_class(config, adapter)
-        return kind.from_config(config) if kind is AutoModel else kind(config)
+        return kind.from_config(config, trust_remote_code=False) if kind is AutoModel else kind(config)
 
 
 def load_reporting(kind: type, name: str | os.PathLike, **settings) -> tuple[PreTrainedModel, set[str]]:

@@ -1,14 +1,16 @@
-"""What gating a model would do, and what this machine can launch, without loading or training anything."""
+"""What gating a model would do and what this machine can launch, without loading weights or training."""
 
 import os
 import shutil
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from contextlib import redirect_stdout
+from io import StringIO
 
 import torch
 import yaml
-from accelerate.commands.config.config_args import default_config_file
+from accelerate.commands.config import default_config_file
+from accelerate.commands.env import env_command, env_command_parser
+from accelerate.utils import is_bf16_available
 from peft import LoraConfig, get_peft_model
 
 from ..config import GateConfig
@@ -37,14 +39,15 @@ def examine_model(
         r: rank.
 
     Returns:
-        Plain JSON types. `blocks`: their number by tower and name of the module; `heads`: those of them that lie
-        outside of the repeated layers; `left_out`: linear layers without a block, `inside` and `outside` of those
-        layers. `gates`: number of blocks; `smallest_budget`: the least fraction that opens one; `budget`: `open` and
-        `gates` of each part; `open`: blocks that it opens. `lora_parameters`: of all blocks, and `open_parameters`, of
-        as many as the budget opens, on average. `problems`: what would fail; with it other fields may be missing.
+        Plain JSON types. `blocks`: number of LoRA blocks by tower and name of the module; `heads`: blocks outside the
+        repeated layers; `left_out`: linear layers without a block, `inside` and `outside` the repeated layers.
+        `gates`: number of gates, one per block; `smallest_budget`: the smallest fraction that opens a block; `budget`:
+        `open` and `gates` of each part; `open`: number of blocks that the budget opens. `lora_parameters`: of all
+        blocks; `open_parameters`: of as many as the budget opens, on average. `problems`: what would fail; if there
+        are some, other fields may be missing.
 
     Raises:
-        ValueError: where the model's config cannot be read.
+        ValueError: if the model's config cannot be read.
     """
     name, model = str(model), empty_model(load_config(model))
     problems: list[str] = []
@@ -96,31 +99,31 @@ def examine_environment() -> dict:
     """What is installed here and what can be launched, as plain JSON types.
 
     Returns:
-        `versions` of the packages, None where one is not installed; `accelerator` (type, names, `bf16`); `mpi`, the
-        path of `mpirun`; `accelerate_config`, the default file of accelerate, None where there is none;
-        `launchers`: by the name of a file in `accelerate_configs/`, None where it works, else why it does not.
+        `versions` of the packages, None if one is not installed; `machine`: what `accelerate env` reports;
+        `devices`: number of accelerators, `bf16`: whether they support it; `mpi`: path of `mpirun`;
+        `accelerate_config`: contents of accelerate's default config, None if there is none; `launchers`: by name of a
+        file in `accelerate_configs/`, None if it works, else why it does not.
+
+    Raises:
+        ValueError: if accelerate's default config cannot be read.
     """
-    found = package_versions()
-    versions = {name: found.get(name) for name in ("python", *PACKAGES)} | {name: _version(name) for name in OPTIONAL}
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    count = torch.accelerator.device_count() if accelerator else 0
-    cuda = accelerator is not None and accelerator.type == "cuda"
-    names = [torch.cuda.get_device_name(i) if cuda else accelerator.type for i in range(count)]
-    file, config = Path(default_config_file), None
-    if file.is_file():
-        said = yaml.safe_load(file.read_text()) or {}
-        config = {"file": str(file)}
-        config |= {key: said.get(key) for key in ("distributed_type", "num_processes", "use_cpu", "mixed_precision")}
+    found, packages = package_versions((*PACKAGES, *OPTIONAL)), ("python", *PACKAGES, *OPTIONAL)
+    try:
+        with redirect_stdout(StringIO()):
+            machine = env_command(env_command_parser().parse_args([]))
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{default_config_file}, accelerate's default config, cannot be read ({error}). Run `accelerate config`."
+        ) from error
+    config, devices = machine.pop("`Accelerate` configs"), torch.accelerator.device_count()
     return {
-        "versions": versions,
-        "accelerator": {
-            "type": accelerator.type if accelerator else None,
-            "devices": names,
-            "bf16": torch.cuda.is_bf16_supported() if cuda else None,
-        },
+        "versions": {name: found.get(name) for name in packages},
+        "machine": machine,
+        "devices": devices,
+        "bf16": is_bf16_available(),
         "mpi": shutil.which("mpirun"),
-        "accelerate_config": config,
-        "launchers": _launchers(count, versions["deepspeed"] is not None),
+        "accelerate_config": {"file": default_config_file, **config} if isinstance(config, dict) else None,
+        "launchers": _launchers(devices, "deepspeed" in found),
     }
 
 
@@ -132,7 +135,7 @@ def _launchers(devices: int, deepspeed: bool) -> dict[str, str | None]:
     elif shutil.which("c++") is None:
         zero = "DeepSpeed needs a C++ compiler (c++), and none was found"
     elif not devices:
-        zero = "no GPU was found; on the CPU set use_cpu: true in the file, and add --use_cpu to the recipe"
+        zero = "no GPU was found; for the CPU set use_cpu: true in the file and add --use_cpu to the recipe"
     return {
         "cpu": None,
         "multi_cpu": None,
@@ -141,10 +144,3 @@ def _launchers(devices: int, deepspeed: bool) -> dict[str, str | None]:
         **dict.fromkeys(("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"), zero),
         "fsdp2": no_gpu,
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -1,24 +1,37 @@
 """Pushing an adapter folder to the Hub: what is uploaded, and what a failure says."""
 
+import json
 import logging
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RemoteEntryNotFoundError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import __version__
-from ..records import CARD, EVAL_RESULTS, FRONTIER, GATE_MAP, RESULTS_FILE, STATE_FILE, SUMMARY_FILE
+from ..records import CARD, EVAL_RESULTS, FRONTIER, GATE_MAP, RESULTS_FILE, STATE_FILE, SUMMARY_FILE, without_paths
 from .write import is_generated, write_card
 
 logger = logging.getLogger(__name__)
 
-# What belongs to an adapter: its own files, the preprocessing beside it, and what describes it.
-KINDS = {".safetensors", ".json", ".jsonl", ".md", ".png", ".txt", ".model", ".jinja"}
-LEFT_OUT = {"trainer_state.json"}
-# Of an earlier push, these are removed where the folder does not hold them any more: they would not be of this adapter.
+# Of an earlier push, these are removed if the folder does not hold them any more: they would not be of this adapter.
 REPLACED = (RESULTS_FILE, EVAL_RESULTS, GATE_MAP, FRONTIER, STATE_FILE, SUMMARY_FILE)
+# All that a push uploads: what PEFT, this package, and a processor or tokenizer write.
+NAMES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, CARD, *REPLACED)
+NAMES += ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tokenizer.json")
+NAMES += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt")
+NAMES += ("merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja")
+WITH_PATHS = (CONFIG_NAME, SUMMARY_FILE, RESULTS_FILE, TRAINER_STATE_NAME)  # may name folders of this machine
+REASONS = {
+    401: "it wants a valid token. Log in with `hf auth login`, or pass a token.",
+    403: "the token may not write there. Use one with write access to that user or organization.",
+    404: "there is no such repository or branch, or the token may not see it.",
+    409: "somebody else is changing the repository. Try again in a moment.",
+    429: "too many requests. Try again later.",
+    500: "it has a problem of its own. Try again later.",
+}
 
 
 class PushError(RuntimeError):
@@ -38,44 +51,39 @@ def push_adapter(
     directory: str | os.PathLike,
     repo_id: str,
     *,
+    base: str | None = None,
+    license: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Put an adapter folder on the Hub, with its card as `write_card` makes it, in one commit.
+    """Put an adapter folder on the Hub in one commit, with its card as `write_card` makes it.
 
-    Uploaded are the adapter, the preprocessing beside it, and what describes it; checkpoints, optimizer states and
-    training arguments are not. Pushing again does no harm: what is there already is not uploaded twice. A card that was
-    edited on the Hub is kept there.
+    Only the files in `NAMES` are uploaded, without the folders of this machine that some of them name. Pushing again is
+    safe: unchanged files are not uploaded twice, and a card that was edited on the Hub stays there.
 
     Args:
-        directory: a LoRA adapter's folder.
-        repo_id: `user/name`, or `name` for the user of the token; the repository is created where there is none.
+        directory: folder of a LoRA adapter.
+        repo_id: `user/name`, or `name` for the user of the token; the repository is created if it does not exist.
+        base, license: for the card, as in `write_card`.
         private: whether a new repository is private; default: the account's setting.
-        revision: branch to push to, created where there is none; default: `main`.
+        revision: branch to push to, created if it does not exist; default: `main`.
         token: default: the one of `hf auth login` or of the environment.
-        create_pr: open a pull request in place of committing to the branch.
+        create_pr: open a pull request instead of committing to the branch.
 
     Returns:
         The URL of the repository, or of the pull request.
 
     Raises:
-        ValueError: where the folder holds no adapter.
-        PushError: where the Hub cannot be reached or refuses.
+        ValueError: if the folder holds no adapter, or a file to upload is a link.
+        PushError: if the Hub cannot be reached or refuses.
     """
-    directory = Path(directory)
-    write_card(directory, repo_id=repo_id if "/" in repo_id else None, revision=revision)
-    commit = upload(
-        directory,
-        repo_id,
-        private=private,
-        revision=revision,
-        token=token,
-        commit_message=commit_message or "Upload adapter",
-        create_pr=create_pr,
-    )
+    directory, settings = Path(directory), {"private": private, "revision": revision, "create_pr": create_pr}
+    regular_files(directory, NAMES)  # links are refused before the card is written
+    write_card(directory, base, license=license, repo_id=repo_id if "/" in repo_id else None, revision=revision)
+    commit = upload(directory, repo_id, token=token, commit_message=commit_message or "Upload adapter", **settings)
     return commit.pr_url or str(commit.repo_url)
 
 
@@ -88,75 +96,74 @@ def upload(
     token: str | None,
     commit_message: str,
     create_pr: bool = False,
-    folders: tuple[str, ...] = (),
+    checkpoint: tuple[str, Path] | None = None,
     again: Path | None = None,
 ) -> CommitInfo:
-    """Upload a folder as it is, in one commit; arguments as for `push_adapter`.
+    """Upload an adapter folder as it is, in one commit; arguments and errors as for `push_adapter`.
 
     Args:
-        folders: names of folders in it that are uploaded whole, and replace those on the Hub.
-        again: what a failure says to push later; default: the folder itself.
-
-    Raises:
-        PushError: where the Hub cannot be reached or refuses.
+        checkpoint: name on the Hub and folder of a Trainer checkpoint that is uploaded whole, replacing the one there.
+        again: folder that a failure says to push later; default: `directory`.
     """
+    files = regular_files(directory, NAMES)
+    if checkpoint is not None:
+        files |= {f"{checkpoint[0]}/{name}": file for name, file in regular_files(checkpoint[1]).items()}
     api = HfApi(token=token, library_name="hf_gatelora", library_version=__version__)
-    with explained(again or directory, repo_id, revision):
+    try:
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith("refs/"):
             api.create_branch(repo, branch=revision, exist_ok=True)
         if repo != repo_id:  # now with the user's name
             write_card(directory, repo_id=repo, revision=revision)
-        files = adapter_files(directory)
-        if edited_on_hub(api, directory, repo, revision):
-            logger.warning(f"The model card of {repo} was edited on the Hub and stays there as it is.")
-            files.remove(CARD)
-        return api.upload_folder(
-            repo_id=repo,
-            folder_path=directory,
-            allow_patterns=[*files, *(f"{folder}/*" for folder in folders)],
-            delete_patterns=[*REPLACED, *(f"{folder}/*" for folder in folders)],
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-        )
-
-
-def adapter_files(directory: Path) -> list[str]:
-    """What of a folder belongs to the adapter, by its path in it."""
-    files = [file for file in directory.iterdir() if file.is_file() and not file.name.startswith((".", "_"))]
-    names = [file.name for file in files if file.suffix in KINDS]
-    more = [directory / EVAL_RESULTS, *directory.glob("runs/**/*tfevents*")]  # the Hub shows TensorBoard's logs
-    names += [file.relative_to(directory).as_posix() for file in more if file.is_file()]
-    return sorted(set(names) - LEFT_OUT)
-
-
-def edited_on_hub(api: HfApi, directory: Path, repo_id: str, revision: str | None) -> bool:
-    """Whether a generated card here would take the place of one that somebody wrote or edited on the Hub."""
-    if not is_generated((directory / CARD).read_text(encoding="utf-8")):
-        return False  # the one here was written by hand as well, and is the newer one
-    try:
-        there = Path(api.hf_hub_download(repo_id, CARD, revision=revision, force_download=True))
-    except RemoteEntryNotFoundError:
-        return False
-    return not is_generated(there.read_text(encoding="utf-8"))
-
-
-@contextmanager
-def explained(directory: Path, repo_id: str, revision: str | None = None):
-    """Turn what the Hub's client raises into one message that says what failed and how to push again.
-
-    Raises:
-        PushError
-    """
-    try:
-        yield
+        there = api.list_repo_files(repo, revision=revision)
+        if CARD in there and is_generated(files[CARD].read_text(encoding="utf-8")):
+            card = api.hf_hub_download(repo, CARD, revision=revision, force_download=True)
+            if not is_generated(Path(card).read_text(encoding="utf-8")):
+                logger.warning(f"The model card of {repo} was edited on the Hub and stays there as it is.")
+                del files[CARD]
+        stale = [path for path in there if path in REPLACED or (checkpoint and path.startswith(f"{checkpoint[0]}/"))]
+        changes = [CommitOperationAdd(path, public(file, directory)) for path, file in files.items()]
+        changes += [CommitOperationDelete(path, is_folder=False) for path in stale if path not in files]
+        return api.create_commit(repo, changes, commit_message=commit_message, revision=revision, create_pr=create_pr)
     except (OSError, HTTPError, ValueError, RuntimeError) as error:
-        branch = f" --revision {revision}" if revision else ""
+        branch, directory = f" --revision {revision}" if revision else "", again or directory
         raise PushError(
             f"Could not push to {repo_id}: {reason(error)}",
             f"Everything is in {directory}. To push it later: gatelora push {directory} {repo_id}{branch}",
         ) from error
+
+
+def regular_files(directory: Path, names: tuple[str, ...] | None = None) -> dict[str, Path]:
+    """The files in and below a folder, or those of some names, by their path in it.
+
+    Raises:
+        ValueError: if one of them is a link, which may lead to a file that nobody means to publish.
+    """
+    paths = directory.rglob("*") if names is None else [directory / name for name in names]
+    files = {file.relative_to(directory).as_posix(): file for file in paths if file.is_file()}
+    for name, file in files.items():
+        if file.resolve() != directory.resolve() / name:
+            raise ValueError(f"{file} is a link and is not uploaded: replace it with the file itself.")
+    return files
+
+
+def public(file: Path, directory: Path) -> Path | bytes:
+    """A file as it is uploaded: without the folders of this machine.
+
+    Args:
+        directory: the adapter's folder. Its card may name the Hub id of a base model that was loaded from a folder.
+    """
+    if file.name not in WITH_PATHS:
+        return file
+    text = file.read_text(encoding="utf-8")
+    if file.name == RESULTS_FILE:
+        return "".join(json.dumps(without_paths(json.loads(line))) + "\n" for line in text.split("\n") if line).encode()
+    found = json.loads(text)
+    shown = without_paths(found)
+    if file.name == CONFIG_NAME and shown != found:
+        card = ModelCard((directory / CARD).read_text(encoding="utf-8"), ignore_metadata_errors=True)
+        shown["base_model_name_or_path"] = card.data.base_model or shown["base_model_name_or_path"]
+    return json.dumps(shown, indent=2).encode()
 
 
 def reason(error: BaseException) -> str:
@@ -167,21 +174,9 @@ def reason(error: BaseException) -> str:
         return "offline mode is on (HF_HUB_OFFLINE)."
     response = getattr(error, "response", None)
     if isinstance(error, HfHubHTTPError) and response is not None:
-        status = response.status_code
-        if status == 401:
-            return "the Hub wants a valid token (401). Log in with `hf auth login`, or pass a token."
-        if status == 403:
-            return "the token may not write there (403). Use one with write access to that user or organization."
-        if status == 404:
-            return "there is no such repository or branch, or the token may not see it (404)."
-        if status == 409:
-            return "somebody else is changing the repository (409). Try again in a moment."
-        if status == 429:
-            wait = response.headers.get("Retry-After")
-            return f"too many requests (429). Try again {f'in {wait} s' if wait else 'later'}."
-        if status >= 500:
-            return f"the Hub has a problem of its own ({status}). Try again later."
-        return f"the Hub refused it ({status}): {error.server_message or type(error).__name__}."
+        status, wait = response.status_code, response.headers.get("Retry-After")
+        said = REASONS.get(min(status, 500)) or f"{error.server_message or type(error).__name__}."
+        return f"the Hub answered {status}: {said.replace('later', f'in {wait} s') if wait else said}"
     if isinstance(error, (HTTPError, OSError)):
         return f"the connection failed ({type(error).__name__}: {error})."
     return f"{error}"

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 MARK = re.compile(r"\n<!-- written by hf_gatelora \(([0-9a-f]{16})\);[^>]*-->\s*\Z")
 MARK_TEXT = "\n<!-- written by hf_gatelora ({}); once you edit this card it is kept as you left it -->\n"
-# What an unedited card of transformers says: at a push of a model, and by Trainer.
+# What an unedited card of transformers says: after a push of a model, and by Trainer.
 TRANSFORMERS_CARD = (
     "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
     "automatically generated."
@@ -34,38 +34,41 @@ def write_card(
     *,
     license: str | None = None,
     language: str | list[str] | None = None,
-    datasets: list[str] | None = None,
-    tags: list[str] | None = None,
+    datasets: str | list[str] | None = None,
+    tags: str | list[str] | None = None,
     repo_id: str | None = None,
     revision: str | None = None,
 ) -> Path:
-    """Write an adapter folder's `README.md`, its pictures and `.eval_results/`, from the files that lie there.
+    """Write the `README.md`, pictures and `.eval_results/` of an adapter folder from the files in it.
 
-    A card that was written or edited by hand is left as it is; the pictures beside it are drawn anew. What an earlier
-    card says of base model, license, language, data sets and tags holds on where it is not given.
+    A card that was written or edited by hand is kept; the pictures beside it are drawn again. Base model, license,
+    language, data sets and tags of an earlier card are kept if they are not given.
 
     Args:
-        directory: a LoRA adapter's folder, with `gates.json` and `results.jsonl` where there are some.
-        base: Hub id of the base model, where the adapter was trained on a local copy of it.
-        license: of the adapter; default: that of the base model, where it can be looked up.
-        language, datasets, tags: more metadata.
+        directory: folder of a LoRA adapter; its `gates.json` and `results.jsonl` are optional.
+        base: Hub id of the base model, if the adapter was trained on a local copy of it; a folder is ignored.
+        license: of the adapter; default: that of the base model, if it can be looked up.
+        language, datasets, tags: more metadata; one or a list.
         repo_id, revision: where the adapter is or will be on the Hub, for the code that loads it.
 
     Returns:
         The path of the card.
 
     Raises:
-        ValueError: where the folder holds no adapter, or a file in it cannot be read.
+        ValueError: if the folder holds no adapter, or a file in it cannot be read.
     """
     directory = Path(directory)
-    given = {"base": hub_id(base), "license": license, "language": language, "datasets": datasets, "tags": tags}
-    given |= {"repo_id": repo_id, "revision": revision}
+    if (directory / EVAL_RESULTS).parent.is_symlink():
+        raise ValueError(f"{(directory / EVAL_RESULTS).parent} is a link: replace it with a folder, or remove it.")
+    given = {"base": hub_id(base), "license": license, "language": language, "repo_id": repo_id, "revision": revision}
+    given |= {"datasets": [datasets] if isinstance(datasets, str) else datasets}
+    given |= {"tags": [tags] if isinstance(tags, str) else tags}
     before = _read_text(directory / CARD)
     if before and MARK.search(before) and is_generated(before):
         said = ModelCard(before, ignore_metadata_errors=True).data
         known = {"base": said.base_model, "license": said.license, "language": said.language, "datasets": said.datasets}
         known["tags"] = [tag for tag in said.tags or [] if not tag.startswith("base_model:")]
-        if AdapterCard.read(directory).base in (None, said.base_model):  # else it was trained anew, on another base
+        if AdapterCard.read(directory).base in (None, said.base_model):  # else it was trained again, on another base
             given = known | {key: value for key, value in given.items() if value is not None}
     card = AdapterCard.read(directory, **given)
     if card.summary.get("blocks"):
@@ -86,9 +89,9 @@ def write_card(
 
 
 def refresh_card(directory: str | os.PathLike) -> None:
-    """Write the card of a folder that an adapter was saved to: without the network, and without drawing.
+    """Write the card of a folder that an adapter was saved to, without the network and without drawing.
 
-    What fails it logs: a card is no reason to lose a checkpoint.
+    Errors are only logged: no checkpoint is lost because of its card.
     """
     directory = Path(directory)
     try:
@@ -98,7 +101,7 @@ def refresh_card(directory: str | os.PathLike) -> None:
 
 
 def is_generated(text: str) -> bool:
-    """Whether a card is one of ours, or a placeholder of PEFT, transformers or the Hub, that nobody has edited."""
+    """Whether nobody has edited a card of ours, or a placeholder of PEFT, transformers or the Hub."""
     mark = MARK.search(text)
     if mark:
         return _digest(text[: mark.start()]) == mark.group(1)
@@ -118,8 +121,8 @@ def _license_of(base: str | None) -> str | None:
             text = _read_text(Path(base) / CARD)
             return ModelCard(text, ignore_metadata_errors=True).data.license if text else None
         data = HfApi().model_info(base, timeout=10).card_data
-    except (OSError, ValueError, HTTPError):
-        return None  # not to be looked up here and now: the card says that it is not stated
+    except (OSError, ValueError, HTTPError, yaml.YAMLError):
+        return None  # it cannot be looked up now: the card says that it is not stated
     return data.license if data else None
 
 
@@ -127,7 +130,7 @@ def _write_unless_edited(path: Path, card: AdapterCard, before: str | None) -> N
     if before is None or is_generated(before):
         text = card.render()
         write_text(text + MARK_TEXT.format(_digest(text)), path)
-    elif before is not None:
+    else:
         logger.warning(f"{path} was written or edited by hand and stays as it is. Remove it to get a new card.")
 
 
@@ -136,4 +139,7 @@ def _digest(text: str) -> str:
 
 
 def _read_text(path: Path) -> str | None:
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}).") from error

@@ -3,13 +3,16 @@
 import argparse
 import json
 import logging
+import re
 import sys
+import warnings
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 
-DESCRIPTION = "Gated LoRA: look at models and adapters, measure them, and make other adapters or models of them."
+DESCRIPTION = "Gated LoRA: look at models and adapters, measure adapters, and make other adapters or models of them."
 EPILOG = """
-An ADAPTER is a folder or a Hub id, of this package or any other LoRA of PEFT; a MODEL likewise.
+An ADAPTER is a folder or a Hub id, of this package or any other LoRA of PEFT; a MODEL is a folder or a Hub id.
+A block is the LoRA update of one layer. Every block has a gate; only open blocks change the model.
 Every command takes --json, for machines. Exit status: 0 done, 1 a check or a push failed, 2 bad input.
 Each command has more help: gatelora inspect --help
 """
@@ -21,36 +24,59 @@ Prompts, --retrieval and --knn-k are by default those of the results beside the 
 
   gatelora evaluate outputs/gated --id user/sketches:test --ood photo=user/photos:test --retention old=user/old:test
 """
+# What a file can hold that a terminal would obey or cannot show: control characters, text direction, half characters.
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+SECRET = re.compile(r"((?<![\w-])--\w*tok[\w-]*[ =]+)\S+|\bhf_[A-Za-z0-9]{16,}", re.IGNORECASE)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    arguments = parser().parse_args(argv)
-    module, _, name = arguments.run.partition(":")
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = argparse.Namespace(json="--json" in argv)
     try:
+        arguments = parser().parse_args(argv)
+        module, _, name = arguments.run.partition(":")
         with messages():
             report, text, status = getattr(import_module(f".{module}", __name__), name)(arguments)
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError, TypeError, ImportError) as error:
-        print(f"gatelora: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(report, indent=1) if arguments.json else text)
+        report, text, status = {"error": str(error)}, None, 2
+    except Exception as error:
+        if sys.flags.dev_mode:
+            raise
+        reason = f"{type(error).__name__}: {error}. If the input is intact, please report what PYTHONDEVMODE=1 shows."
+        report, text, status = {"error": reason}, None, 2
+    if text is None:
+        report = {"error": printable(" ".join(report["error"].split()))}
+        print(f"gatelora: {report['error']}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(report, indent=1))
+    elif text is not None:
+        print(printable(text))
     return status
+
+
+def printable(text: str) -> str:
+    """A text as it may go to a terminal: control characters as escapes such as `\\x1b`, and no tokens of the Hub."""
+    text = UNSAFE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+    return SECRET.sub(lambda found: f"{found.group(1) or ''}***", text)
 
 
 @contextmanager
 def messages():
-    """Within this context the warnings of this package and all prints go to stderr; other libraries do not warn."""
+    """Within this context our log, warnings and all prints go to stderr; other libraries log only errors."""
     own, others, handler = logging.getLogger("hf_gatelora"), logging.getLogger(), logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("gatelora: %(message)s"))
+    handler.format = lambda record: printable(f"gatelora: {record.getMessage()}")
     before = own.propagate, own.level, others.level
     own.addHandler(handler)
     own.propagate = False
     own.setLevel(logging.WARNING)
     others.setLevel(logging.ERROR)
     try:
-        with redirect_stdout(sys.stderr):  # nothing but the answer goes to stdout, whatever libraries have to say
+        # Only the answer goes to stdout, whatever libraries print.
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: own.warning(message)
             yield
     finally:
         own.removeHandler(handler)
@@ -59,42 +85,49 @@ def messages():
         others.setLevel(before[2])
 
 
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that raises errors, for `main` to report like all others."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     raw = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(prog="gatelora", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    top = Parser(prog="gatelora", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(name: str, run: str, summary: str, epilog: str = "") -> argparse.ArgumentParser:
         description = f"{summary[0].upper()}{summary[1:]}."
         command = commands.add_parser(name, help=summary, description=description, epilog=epilog, formatter_class=raw)
         command.set_defaults(run=run)
-        command.add_argument("--json", action="store_true", help="print the answer as JSON")
+        command.add_argument("--json", action="store_true", help='print the answer as JSON; errors as {"error": ...}')
         return command
 
-    command = add("doctor", "doctor:doctor", "which blocks of a model would be gated, and what can be launched here")
+    command = add("doctor", "doctor:doctor", "which layers of a model would get a gated block, and what runs here")
     command.add_argument("model", metavar="MODEL", nargs="?", help="Hub id or folder; its weights are not loaded")
     command.add_argument(
         "--target-modules", nargs="+", metavar="NAME", help="as in LoraConfig; default: hf_gatelora.lora_targets(model)"
     )
     command.add_argument(
-        "--budget", type=_budget, help='fraction to keep open, or JSON {"regex": fraction}; default 0.05'
+        "--budget", type=_budget, help='fraction of the blocks to keep open, or JSON {"regex": fraction}; default 0.05'
     )
     command.add_argument("--rank", type=_positive, help="of LoRA; default 16")
 
-    command = add("inspect", "inspect:inspect", "the gates, blocks and sizes of an adapter or checkpoint")
+    command = add("inspect", "inspect:inspect", "the blocks of an adapter or checkpoint: open ones, scores and sizes")
     command.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id of an adapter or checkpoint")
     command.add_argument("other", metavar="OTHER", nargs="?", help="a second one: also report which blocks both have")
-    command.add_argument("--map", metavar="PNG", help="also draw the gate map to this file")
+    command.add_argument("--map", metavar="PNG", help="also draw the scores of all blocks (the gate map) to this file")
 
     command = add("evaluate", "evaluate:evaluate", "measure an adapter beside its base: ID, OOD, retention", SOURCES)
-    command.add_argument("adapter", metavar="ADAPTER")
+    command.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
     _base(command)
-    command.add_argument("--id", metavar="SOURCE", help="images of what it was tuned on, not seen in training")
+    command.add_argument("--id", metavar="SOURCE", help="images like those it was tuned on, not seen in training")
     named = {"nargs": "+", "action": "extend", "metavar": "NAME=SOURCE"}
     command.add_argument("--ood", **named, help="sets with the same classes in another domain")
     command.add_argument("--retention", **named, help="sets of what the base could do before")
-    command.add_argument("--bank", **named, help="labelled images that vote in k-NN on the set of that name")
+    command.add_argument("--bank", **named, help="labelled images for the k-NN measurement of the set of that name")
     command.add_argument(
         "--head-label-map",
         **{**named, "metavar": "NAME=FILE"},
@@ -120,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--caption-column", default="caption", metavar="NAME", help="default: caption")
     command.add_argument("--knn-k", type=_positive, metavar="K", help="neighbours that vote; default 20")
     command.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default 64")
-    command.add_argument("--device", help="default: a GPU where there is one")
+    command.add_argument("--device", help="default: a GPU if there is one")
     command.add_argument(
         "--output",
         metavar="FILE",
@@ -128,44 +161,59 @@ def parser() -> argparse.ArgumentParser:
         "same measurements are replaced, others stay; what cannot be compared with the new rows is dropped, and named",
     )
 
-    command = add("fold", "adapters:fold", "write a checkpoint as a stock adapter, with its open blocks only")
+    command = add("fold", "adapters:fold", "write a checkpoint as a stock adapter of the blocks that are open in it")
+    command.description += " Before the freeze this\nis the model of that moment: the budget is not applied to it."
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, from before or after the freeze")
-    command.add_argument("output", metavar="OUTPUT", help="folder to write")
+    _output(command)
 
     command = add("merge", "adapters:merge", "write the base model with an adapter merged into it, and its processor")
-    command.add_argument("adapter", metavar="ADAPTER")
-    command.add_argument("output", metavar="OUTPUT", help="folder to write")
+    command.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
+    _output(command)
     _base(command)
     command.add_argument(
         "--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="default: that of the base"
     )
 
     command = add("wise", "adapters:wise", "write an adapter between the base (scale 0) and itself (1): WiSE-FT")
-    command.add_argument("adapter", metavar="ADAPTER")
-    command.add_argument("scale", metavar="SCALE", type=float)
-    command.add_argument("output", metavar="OUTPUT", help="folder to write")
-    _base(command, "needed where the adapter has a head")
+    command.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
+    command.add_argument("scale", metavar="SCALE", type=float, help="from 0 to 1")
+    _output(command)
+    _base(command, "needed if the adapter has a head")
 
-    command = add("combine", "adapters:combine", "write the weighted sum of adapters as one, on all their blocks")
-    command.add_argument("adapters", metavar="ADAPTER[=WEIGHT]", nargs="+", help="weight: default 1, may be negative")
-    command.add_argument("output", metavar="OUTPUT", help="folder to write")
-    _base(command, "needed where adapters have heads whose weights do not sum to 1")
+    command = add("combine", "adapters:combine", "write the weighted sum of two or more adapters, on all their blocks")
+    weighted = {"metavar": "ADAPTER[=WEIGHT]", "help": "weight: default 1, may be negative"}
+    command.add_argument("first", **weighted)
+    command.add_argument("others", **weighted, nargs="+")
+    _output(command)
+    _base(command, "needed if adapters have heads whose weights do not sum to 1")
 
-    command = add("card", "adapters:card", "write the model card of an adapter's folder anew, from its files")
+    command = add("card", "adapters:card", "write the model card of an adapter again, from the files in its folder")
     command.add_argument("adapter", metavar="ADAPTER", help="folder")
+    _metadata(command)
 
-    command = add("push", "adapters:push", "put an adapter's folder on the Hub, with its card")
+    command = add("push", "adapters:push", "put an adapter on the Hub, with its card")
+    command.description += "\nOnly files that gatelora, PEFT, or the processor write are uploaded."
     command.add_argument("adapter", metavar="ADAPTER", help="folder")
     command.add_argument("repo", metavar="REPO", help="user/name")
-    command.add_argument("--private", action="store_true", default=None, help="where the repository is new")
-    command.add_argument("--revision", metavar="BRANCH")
+    _metadata(command)
+    command.add_argument("--private", action="store_true", default=None, help="if the repository is new")
+    command.add_argument("--revision", metavar="BRANCH", help="default: main")
     command.add_argument("--message", metavar="TEXT", help="of the commit")
-    command.add_argument("--create-pr", action="store_true", help="open a pull request in place of a commit")
+    command.add_argument("--create-pr", action="store_true", help="open a pull request instead of a commit")
     return top
 
 
 def _base(command: argparse.ArgumentParser, when: str = "default: the one that the adapter names") -> None:
     command.add_argument("--model", metavar="MODEL", help=f"folder or Hub id of the base model; {when}")
+
+
+def _output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("output", metavar="OUTPUT", help="folder to write")
+
+
+def _metadata(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--base", metavar="ID", help="Hub id of the base model, if a local copy of it was trained on")
+    command.add_argument("--license", metavar="ID", help="of the adapter, such as mit; default: that of the base model")
 
 
 def _budget(text: str) -> float | dict[str, float]:
@@ -179,6 +227,6 @@ def _budget(text: str) -> float | dict[str, float]:
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)

@@ -1,6 +1,5 @@
-"""The commands that make something of adapters: fold, merge, wise, combine, card and push."""
+"""The commands that write or publish: fold, merge, wise, combine, card and push."""
 
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from .inspect import describe
 
 
 def fold(arguments: Namespace) -> tuple[dict, str, int]:
-    """Write a checkpoint as a stock adapter."""
+    """Write a checkpoint as a stock adapter of its open blocks."""
     from ..adapters.export import fold_checkpoint
 
     fold_checkpoint(inspect_adapter(arguments.checkpoint).folder, arguments.output)
@@ -17,13 +16,14 @@ def fold(arguments: Namespace) -> tuple[dict, str, int]:
 
 
 def merge(arguments: Namespace) -> tuple[dict, str, int]:
-    """Write the base model with an adapter merged in."""
+    """Write the base model with an adapter merged into it."""
     import torch
 
     from ..adapters.bases import merge_adapter
 
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    model = merge_adapter(inspect_adapter(arguments.adapter), arguments.output, arguments.model, dtype)
+    adapter = inspect_adapter(arguments.adapter)
+    model = merge_adapter(adapter, arguments.output, arguments.model, dtype)
     report = {"output": arguments.output, "class": type(model).__name__, "dtype": str(model.dtype).split(".")[1]}
     size = sum(file.stat().st_size for file in Path(arguments.output).iterdir() if file.is_file())
     report |= {"parameters": model.num_parameters(), "bytes": size}
@@ -36,7 +36,8 @@ def wise(arguments: Namespace) -> tuple[dict, str, int]:
     from ..adapters.export import scale_adapter
 
     adapter = inspect_adapter(arguments.adapter)
-    scale_adapter(adapter.folder, arguments.scale, arguments.output, _base_of([adapter], arguments.model))
+    base = _base_of([adapter], arguments.model)
+    scale_adapter(adapter.folder, arguments.scale, arguments.output, base)
     return _written(arguments.output, scale=arguments.scale)
 
 
@@ -44,45 +45,53 @@ def combine(arguments: Namespace) -> tuple[dict, str, int]:
     """Write the weighted sum of adapters as one."""
     from ..adapters.combine import combine_adapters
 
-    sources, weights = zip(*map(_weighted, arguments.adapters), strict=True)
+    sources, weights = zip(*map(_weighted, [arguments.first, *arguments.others]), strict=True)
     adapters = [inspect_adapter(source) for source in sources]
-    base = _base_of(adapters, arguments.model)
-    combine_adapters([adapter.folder for adapter in adapters], list(weights), arguments.output, base)
+    folders, base = [adapter.folder for adapter in adapters], _base_of(adapters, arguments.model)
+    combine_adapters(folders, list(weights), arguments.output, base)
     return _written(arguments.output, weights=[list(pair) for pair in zip(sources, weights, strict=True)])
 
 
 def card(arguments: Namespace) -> tuple[dict, str, int]:
-    """Write the card of an adapter anew."""
+    """Write the card of an adapter again."""
     from ..card.write import write_card
 
-    path = write_card(_local(arguments.adapter))
+    path = write_card(_local(arguments.adapter), _hub_id(arguments.base), license=arguments.license)
     return {"card": str(path)}, str(path), 0
 
 
-def push(arguments: Namespace) -> tuple[dict, str, int]:
+def push(arguments: Namespace) -> tuple[dict, str | None, int]:
     """Put an adapter on the Hub."""
-    from ..card.push import push_adapter
+    from ..card.push import PushError, push_adapter
 
     try:
         url = push_adapter(
             _local(arguments.adapter),
             arguments.repo,
+            base=_hub_id(arguments.base),
+            license=arguments.license,
             private=arguments.private,
             revision=arguments.revision,
             commit_message=arguments.message,
             create_pr=arguments.create_pr,
         )
-    except RuntimeError as error:
-        print(f"gatelora: {error}", file=sys.stderr)
-        return {"error": str(error)}, "", 1
+    except PushError as error:
+        return {"error": str(error)}, None, 1
     return {"url": url}, url, 0
 
 
 def _local(source: str) -> Path:
-    folder = find_adapter(source)
     if not Path(source).is_dir():
-        raise ValueError(f"{source} is no folder here.")
-    return folder
+        raise ValueError(f"{source} is not a local folder: give the folder of an adapter.")
+    return find_adapter(source)
+
+
+def _hub_id(base: str | None) -> str | None:
+    from ..card.contents import hub_id
+
+    if base is not None and hub_id(base) is None:
+        raise ValueError(f"--base {base} is not the Hub id of a model, such as facebook/dinov2-small.")
+    return base
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -92,11 +101,11 @@ def _weighted(text: str) -> tuple[str, float]:
     try:
         return source, float(weight)
     except ValueError as error:
-        raise ValueError(f"{text}: {weight!r} is no number. Give ADAPTER=WEIGHT, for instance {source}=0.5.") from error
+        raise ValueError(f"{text}: {weight!r} is not a number. Write ADAPTER=WEIGHT, such as {source}=0.5.") from error
 
 
 def _base_of(adapters: list[Adapter], model: str | None):
-    """The base that --model names, for the heads of adapters; None where it was not given, or they have none."""
+    """The base that --model names, for the heads of adapters; None if it is not given or no adapter has a head."""
     adapter = next((adapter for adapter in adapters if adapter.heads), None)
     if adapter is None or model is None:
         return None

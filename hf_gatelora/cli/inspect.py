@@ -1,4 +1,4 @@
-"""`gatelora inspect`, and an adapter as text."""
+"""`gatelora inspect`, and adapters as text."""
 
 from argparse import Namespace
 
@@ -7,12 +7,12 @@ from .text import table
 
 
 def inspect(arguments: Namespace) -> tuple[dict, str, int]:
-    """Show an adapter, and what it has in common with another one."""
+    """Show an adapter, and what it has in common with a second one."""
     adapter = inspect_adapter(arguments.adapter)
     report, text = adapter.report(), describe(adapter)
     if arguments.map is not None:
         if adapter.summary is None:
-            raise ValueError(f"{arguments.adapter} has no gates.json: there are no scores to draw.")
+            raise ValueError(f"{arguments.adapter} has no gates.json, so there are no scores to draw.")
         from ..card.plots import gate_map
 
         gate_map(adapter.summary, arguments.map)
@@ -30,7 +30,7 @@ def describe(adapter: Adapter) -> str:
     report, summary = adapter.report(), adapter.summary
     if not adapter.modules:
         count = report["other_parameters"]
-        return f"A {report['peft_type']} adapter of {report['base']}, not LoRA: {count:,} parameters."
+        return f"An adapter of {report['base']} with {count:,} parameters and no LoRA ({report['peft_type']})."
     lines, scale = [], ""
     if summary is not None:
         total = summary["total_steps"]
@@ -51,12 +51,12 @@ def describe(adapter: Adapter) -> str:
     lines += ["Blocks by layer (# open, . closed):" if summary else "Blocks by layer:", gate_map_text(adapter)]
     if summary is not None:
         frozen = summary["phase"] == "consolidate"
-        lines.append(
-            "Open blocks, with their scores at the freeze:" if frozen else "Open blocks, with their scores now:"
-        )
+        lines.append(f"Open blocks, with their scores {'at the freeze' if frozen else 'now'}:")
         lines += [f"  {row['score']:+.3f}  {row['name']}" for row in summary["blocks"] if row["open"]]
         if not frozen:
-            lines.append(f"WARNING: the gates are not frozen yet; the file holds {len(adapter.modules)} modules.")
+            lines.append(
+                f"WARNING: not frozen yet, so blocks can still open and close; {len(adapter.modules)} are in the file."
+            )
         if summary["degenerate"]:
             lines.append(f"WARNING: {summary['degenerate']}")
     return "\n".join(lines)
@@ -81,7 +81,7 @@ def describe_overlap(first: Adapter, second: Adapter) -> str:
     """What two adapters have in common, as text."""
     found = overlap(first, second)
     names = {"both": "in both", "only_first": "only in the first", "only_second": "only in the second"}
-    lines = [f"Blocks of either that both have: {len(found['both'])} ({found['share']:.1%})"]
+    lines = [f"Blocks in both: {len(found['both'])} ({found['share']:.1%} of those in either)"]
     rows = [[tower, *[str(row[part]) for part in names]] for tower, row in found["towers"].items()]
     total = ["all", *[str(len(found[part])) for part in names]]
     lines.append(table([["", *names.values()], *rows, *([total] if len(rows) > 1 else [])], "  "))

@@ -4,18 +4,20 @@ import logging
 import os
 import shutil
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, run_as_future
 from huggingface_hub.errors import HTTPError
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress
 
 from ..adapters.checkpoint import adapter_folder
-from ..card.push import PushError, adapter_files, reason, upload
+from ..card.push import PushError, reason, upload
 from ..card.write import is_generated, write_card
 from ..records import CARD
 from .engines import EngineTrainer
@@ -23,82 +25,63 @@ from .engines import EngineTrainer
 logger = logging.getLogger(__name__)
 
 STAGED = ".tmp-push-"  # folders with what is being pushed
+# Arguments of Trainer's `create_model_card` by their name in `write_card`.
+CARD_ARGUMENTS = {"base": "finetuned_from", "datasets": "dataset_tags", "license": "license", "language": "language"}
 
 
 class HubTrainer(EngineTrainer):
-    """`Trainer` whose model card and pushes are those of an adapter of ours, complete and without tokens.
+    """`Trainer` whose model card and pushes are those of our adapters, complete and without tokens.
 
-    `push_to_hub` raises `PushError` where it fails. A push during the training, or by `save_model`, logs the failure,
-    and the run goes on; what was to be pushed lies in the output folder.
+    `push_to_hub` raises `PushError` if it fails. A failing push by `save_model` or during the training is only logged;
+    what it would have pushed is in the output folder.
+
+    Trainer's own uploads cannot be inherited: they take whole folders (the token in `training_args.bin`, other files of
+    the user), leave `gates.json`, results and card out, make two commits per checkpoint and hide errors.
     """
 
     push_in_progress = None
-    _pushes: ThreadPoolExecutor | None = None
 
     @property
     def _repo(self) -> str:
         return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
 
     def _folder(self, directory: str | os.PathLike) -> Path:
-        """Where below a saved folder the adapter's files lie."""
+        """Where below a saved folder the adapter's files are."""
         return adapter_folder(directory, self.model.active_adapter)
 
     def init_hf_repo(self, token=None, private=None):
-        """Trainer's: the repository is made before the training.
+        """Trainer's: create the repository before the training.
 
         Raises:
-            PushError: where the token does not allow it. A Hub that cannot be reached is no reason not to train.
+            PushError: if the token does not allow it. A Hub that cannot be reached does not stop the training.
         """
-        if not self.is_world_process_zero():
-            return
-        for left in Path(self.args.output_dir).glob(f"{STAGED}*"):  # by a process that was killed
-            shutil.rmtree(left)
-        private = self.args.hub_private_repo if private is None else private
+        if self.is_world_process_zero():
+            for left in Path(self.args.output_dir).glob(f"{STAGED}*"):  # by a process that was killed
+                shutil.rmtree(left)
         try:
-            self.hub_model_id = (
-                HfApi(token=token or self.args.hub_token)
-                .create_repo(self._repo, private=private, exist_ok=True)
-                .repo_id
-            )
+            super().init_hf_repo(token, private)
         except (OSError, HTTPError) as error:
             message = f"Could not make the repository {self._repo}: {reason(error)}"
             if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
                 raise PushError(f"{message} Nothing was trained yet.") from error
             logger.warning(f"{message} The training goes on; each push will try again.")
 
-    def create_model_card(
-        self,
-        language=None,
-        license=None,
-        tags=None,
-        model_name=None,
-        finetuned_from=None,
-        tasks=None,
-        dataset_tags=None,
-        dataset=None,
-        dataset_args=None,
-        revision=None,
-    ):
-        """The card of the adapter in the output folder, by `write_card`; what it says of results was measured.
+    def create_model_card(self, *args, revision: str | None = None, **kwargs):
+        """Write the card of the adapter in the output folder with `write_card`.
 
         Args:
-            language, license, tags: metadata.
-            finetuned_from: Hub id of the base model, where it was loaded from a folder.
-            dataset_tags: Hub ids of the training data.
-            model_name, tasks, dataset, dataset_args: Trainer's; the card takes these from the run.
+            args, kwargs: Trainer's. Used are `language`, `license`, `tags`, `finetuned_from` (Hub id of a base model
+                that was loaded from a folder) and `dataset_tags` (Hub ids); the card takes the rest from the run.
             revision: branch that the card will be on; default: that of the training arguments.
         """
+        given = signature(super().create_model_card).bind(*args, **kwargs).arguments
         if self.is_world_process_zero():
-            write_card(
-                self._folder(self.args.output_dir),
-                finetuned_from,
-                license=license,
-                language=language,
-                tags=[tags] if isinstance(tags, str) else tags,
-                datasets=[dataset_tags] if isinstance(dataset_tags, str) else dataset_tags,
-                repo_id=self._repo if "/" in self._repo else None,
-                revision=revision or self.args.hub_revision,
-            )
+            known = {name: given.get(theirs) for name, theirs in CARD_ARGUMENTS.items()}
+            self._write_card(self._folder(self.args.output_dir), revision, tags=given.get("tags"), **known)
+
+    def _write_card(self, folder: Path, revision: str | None = None, **given) -> None:
+        repo = self._repo if "/" in self._repo else None
+        write_card(folder, repo_id=repo, revision=revision or self.args.hub_revision, **given)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """Trainer's; with `push_to_hub` in the arguments it also pushes."""
@@ -106,7 +89,7 @@ class HubTrainer(EngineTrainer):
         if self.args.push_to_hub and not _internal_call:
             try:
                 self.push_to_hub(commit_message="Model save")
-            except PushError as error:
+            except (PushError, ValueError) as error:
                 logger.warning(str(error))
 
     def _save(self, output_dir=None, state_dict=None):
@@ -115,11 +98,13 @@ class HubTrainer(EngineTrainer):
             super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
+        if self.processing_class is not None and self.args.should_save:  # also beside an adapter in its own folder
+            self.processing_class.save_pretrained(self._folder(output_dir or self.args.output_dir))
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
     ) -> CommitInfo | Future | None:
-        """Save the model, write its card, and push the output folder's adapter, in one commit.
+        """Save the model, write its card, and push the adapter in the output folder, in one commit.
 
         Args:
             blocking: whether to wait for the end of the push.
@@ -127,100 +112,77 @@ class HubTrainer(EngineTrainer):
             kwargs: for `create_model_card`.
 
         Returns:
-            The commit, or a future of it; None on other processes than the first.
+            The commit, or a future of it; None on all processes but the first.
 
         Raises:
-            PushError: where the Hub cannot be reached or refuses. Everything is in the output folder then.
+            PushError: if the Hub cannot be reached or refuses. Everything is in the output folder then.
+            ValueError: if a file to upload is a link.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        kwargs["tags"] = [*_listed(kwargs.get("tags")), *(getattr(self.model, "model_tags", None) or [])] or None
-        self.create_model_card(**kwargs, revision=revision)
+        tags = kwargs.pop("tags", None) or []
+        tags = [*([tags] if isinstance(tags, str) else tags), *(getattr(self.model, "model_tags", None) or [])]
+        self.create_model_card(**kwargs, tags=tags or None, revision=revision)
         self._finish_current_push()
-        token = token or self.args.hub_token  # now: in the background it may be out of the arguments for a moment
-        push = partial(self._upload, self._folder(self.args.output_dir), commit_message, token, revision, private)
-        return push() if blocking else self._in_background(push)
+        push = self._push(self._folder(self.args.output_dir), commit_message, token, revision, private)
+        return push() if blocking else run_as_future(push)
 
-    def _upload(self, folder: Path, message: str, token, revision=None, private=None, **more) -> CommitInfo:
-        commit = upload(
+    def _push(self, folder: Path, message: str, token=None, revision=None, private=None, **more) -> Callable:
+        """An upload with the token of now: later, in the background, it may be out of the arguments for a moment."""
+        return partial(
+            upload,
             folder,
             self._repo,
             private=self.args.hub_private_repo if private is None else private,
             revision=revision or self.args.hub_revision,
-            token=token,
+            token=token or self.args.hub_token,
             commit_message=message,
             **more,
         )
-        self.hub_model_id = commit.repo_url.repo_id
-        return commit
-
-    def _in_background(self, push) -> Future:
-        if self._pushes is None:
-            self._pushes = ThreadPoolExecutor(max_workers=1)
-        job = self._pushes.submit(push)
-        jobs = [] if self.push_in_progress is None else self.push_in_progress.jobs
-        self.push_in_progress = PushInProgress([*(other for other in jobs if not other.done()), job])
-        return job
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        # Trainer's own would leave out gates, results and card, and put the token into a file.
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        message, token = f"Training in progress, step {self.state.global_step}", self.args.hub_token
-        staged = Path(tempfile.mkdtemp(prefix=STAGED, dir=self.args.output_dir))
+        checkpoint = Path(checkpoint_folder)
+        name = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name}.get(
+            self.args.hub_strategy
+        )
+        # A copy, which neither the training nor the rotation of checkpoints touches.
+        staged = tempfile.TemporaryDirectory(prefix=STAGED, dir=self.args.output_dir)
+        whole = Path(staged.name) / checkpoint.name
         try:
-            folders = self._stage(Path(checkpoint_folder), staged)
-        except Exception as error:  # no push is worth the training
-            logger.warning(f"{checkpoint_folder} is not pushed: {error}")
-            shutil.rmtree(staged)
-            return
-
-        def push():
-            try:
-                write_card(staged, repo_id=self._repo if "/" in self._repo else None, revision=self.args.hub_revision)
-                self._upload(staged, message, token, folders=folders, again=self._folder(checkpoint_folder))
-            except Exception as error:  # nobody reads what a thread raises
-                logger.warning(str(error))
-            finally:
-                shutil.rmtree(staged)
-
-        self._in_background(push)
-
-    def _stage(self, checkpoint: Path, staged: Path) -> tuple[str, ...]:
-        """Put what a checkpoint pushes into a folder of its own, which the training does not touch any more.
-
-        Returns:
-            Names of the folders in it that are pushed whole.
-        """
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(staged)
-        for name in adapter_files(self._folder(checkpoint)):
-            if not (staged / name).exists():
-                _link(self._folder(checkpoint) / name, staged / name)
-        own = self._folder(self.args.output_dir) / CARD
-        if own.is_file() and not is_generated(own.read_text(encoding="utf-8")):
-            (staged / CARD).unlink(missing_ok=True)
-            _link(own, staged / CARD)
-        folders = {HubStrategy.CHECKPOINT: ("last-checkpoint",), HubStrategy.ALL_CHECKPOINTS: (checkpoint.name,)}
-        for name in folders.get(self.args.hub_strategy, ()):
             without_arguments = shutil.ignore_patterns(TRAINING_ARGS_NAME)
-            shutil.copytree(checkpoint, staged / name, copy_function=_link, ignore=without_arguments)
-        return folders.get(self.args.hub_strategy, ())
+            shutil.copytree(checkpoint, whole, symlinks=True, copy_function=_link, ignore=without_arguments)
+            folder, own = self._folder(whole), self._folder(self.args.output_dir) / CARD
+            if own.is_file() and not is_generated(own.read_text(encoding="utf-8")):
+                (folder / CARD).unlink(missing_ok=True)
+                shutil.copy(own, folder / CARD)
+        except Exception as error:  # no push is worth the training
+            logger.warning(f"{checkpoint} is not pushed: {error}")
+            staged.cleanup()
+            return
+        message = f"Training in progress, step {self.state.global_step}"
+        push = self._push(folder, message, checkpoint=name and (name, whole), again=self._folder(checkpoint))
+
+        def job():
+            with staged:
+                try:
+                    self._write_card(folder)
+                    push()
+                except Exception as error:  # nobody reads what a thread raises
+                    logger.warning(str(error))
+
+        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if busy else []), run_as_future(job)])
 
 
-def _listed(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else list(value or [])
-
-
-def _link(source: str | os.PathLike, target: str | os.PathLike) -> None:
-    """A hard link where the file system has them: saved files are replaced as a whole, never changed."""
-    Path(target).parent.mkdir(exist_ok=True)
+def _link(source: str, target: str) -> None:
+    """A hard link if the file system has them: saved files are replaced as a whole, never changed."""
     try:
         os.link(source, target)
     except OSError:
