@@ -16,8 +16,9 @@ from conftest import make_trainer
 from hub_server import TOKEN, USER, Failure, Hub
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import _http
-from models import FAMILIES, outputs_of
-from transformers import TrainerCallback
+from models import FAMILIES, lora_config, outputs_of
+from peft import get_peft_model
+from transformers import CLIPImageProcessor, TrainerCallback
 from world import TinyClip, parse, words
 
 from hf_gatelora import training
@@ -288,9 +289,9 @@ class Slow(TrainerCallback):
         self.trainer._finish_current_push()
 
 
-def pushing_trainer(folder, **arguments):
+def pushing_trainer(folder, model=None, **arguments):
     slow = Slow()
-    slow.trainer = make_trainer(CLIP, folder, max_steps=8, callbacks=[slow], **{**PUSHED, **arguments})
+    slow.trainer = make_trainer(CLIP, folder, model, max_steps=8, callbacks=[slow], **{**PUSHED, **arguments})
     return slow.trainer
 
 
@@ -332,6 +333,19 @@ def test_trainer_pushes_to_a_private_branch(hub, stranger, tmp_path):
     data = ModelCard(hub.files(REPO, "v2")["README.md"].decode()).data
     assert (data.license, data.base_model, data.datasets) == ("mit", "openai/clip", ["ada/sketches"])
     assert "sketch" in data.tags
+
+
+def test_an_adapter_beside_another_takes_its_processor_along(hub, tmp_path):
+    base = CLIP["model"]()
+    model = get_peft_model(base, lora_config(base))
+    model.add_adapter("mine", lora_config(base))
+    model.set_adapter("mine")
+    trainer = pushing_trainer(tmp_path, model, hub_strategy="every_save", save_strategy="steps", save_steps=4)
+    trainer.processing_class = CLIPImageProcessor()
+    trainer.train()
+    trainer.push_to_hub()
+    for commit in hub.repos[REPO]["branches"]["main"]:
+        assert {"adapter_model.safetensors", "gates.json", "preprocessor_config.json"} <= set(commit["files"])
 
 
 def test_failing_pushes_do_not_end_a_training(hub, tmp_path, caplog):

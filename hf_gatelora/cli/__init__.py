@@ -24,8 +24,8 @@ Prompts, --retrieval and --knn-k are by default those of the results beside the 
 
   gatelora evaluate outputs/gated --id user/sketches:test --ood photo=user/photos:test --retention old=user/old:test
 """
-# What a file can hold that a terminal would obey or cannot show: control characters, text direction, half characters.
-UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters, which a terminal would obey, and changes of the direction of text.
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 SECRET = re.compile(r"((?<![\w-])--\w*tok[\w-]*[ =]+)\S+|\bhf_[A-Za-z0-9]{16,}", re.IGNORECASE)
 
 
@@ -58,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def printable(text: str) -> str:
-    """A text as it may go to a terminal: control characters as escapes such as `\\x1b`, and no tokens of the Hub."""
+    """A text as it may go to a terminal: what is unsafe there as escapes such as `\\x1b`, and no tokens of the Hub."""
+    encoding = sys.stdout.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)
     text = UNSAFE.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
     return SECRET.sub(lambda found: f"{found.group(1) or ''}***", text)
 

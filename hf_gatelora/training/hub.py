@@ -98,8 +98,9 @@ class HubTrainer(EngineTrainer):
             super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
-        if self.processing_class is not None and self.args.should_save:  # also beside an adapter in its own folder
-            self.processing_class.save_pretrained(self._folder(output_dir or self.args.output_dir))
+        saved = Path(output_dir or self.args.output_dir)
+        if self.processing_class is not None and self.args.should_save and self._folder(saved) != saved:
+            self.processing_class.save_pretrained(self._folder(saved))
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
