@@ -27,7 +27,7 @@ from transformers import (
 from world import NAMES, ROOT, dataset
 
 from hf_gatelora import GateConfig, attach_gates
-from hf_gatelora.adapters import doctor, inspection
+from hf_gatelora.adapters import doctor
 from hf_gatelora.cli import main
 from hf_gatelora.records import read_results, write_results
 
@@ -436,20 +436,22 @@ def test_bad_input(adapters, world, gatelora, tmp_path, line, message):
     assert "abcdefghij" not in out + err
 
 
-def test_nothing_in_a_file_commands_the_terminal(adapters, gatelora, tmp_path, monkeypatch):
+def test_nothing_commands_the_terminal(adapters, gatelora, tmp_path):
     folder = shutil.copytree(adapters / "gated", tmp_path / "gated")
     text = (folder / "gates.json").read_text()
-    (folder / "gates.json").write_text(text.replace(OPEN[0], OPEN[0] + r"\u001b[2J\u009b\u202e\ud800"))
+    (folder / "gates.json").write_text(text.replace(OPEN[0], OPEN[0] + r"\u202e"))
     status, out, _ = gatelora("inspect", folder)
-    assert (status, OPEN[0] + r"\x1b[2J\x9b\u202e\ud800" in out) == (0, True)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "\x1b[31mbase"
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    status, _, err = gatelora("merge", folder, tmp_path / "merged")
-    assert (status, "\x1b" in err, r"\x1b[31mbase" in err) == (2, False, True)
-    monkeypatch.setattr(inspection, "read_shapes", lambda folder: {}["a fault of ours"])
-    status, _, err = gatelora("inspect", folder)
-    assert (status, err.count("\n"), "KeyError: 'a fault of ours'. If the input is intact" in err) == (2, 1, True)
+    assert (status, OPEN[0] + r"\u202e" in out) == (0, True)
+    for line in (["inspect", "\x1b[2J/a/b"], ["inspect", folder, "\x9b2J/a/b"], ["doctor", "--rank", "\x1b[2J"]):
+        status, out, err = gatelora(*line)
+        assert (status, out, "\x1b" in err, "\x9b" in err) == (2, "", False, False)
+        assert err.count(r"\x1b[2J") + err.count(r"\x9b2J") == 1
+
+
+def test_a_fault_of_ours_is_one_sentence_too(gatelora, monkeypatch):
+    monkeypatch.setattr("hf_gatelora.cli.inspect.inspect_adapter", lambda source: {}["key"])
+    status, out, err = gatelora("inspect", "x")
+    assert (status, out, err.count("\n"), "KeyError: 'key'. If the input is intact" in err) == (2, "", 1, True)
 
 
 def test_no_code_of_a_model_is_run(gatelora, tmp_path):

@@ -19,6 +19,7 @@ from huggingface_hub.utils import _http
 from models import FAMILIES, lora_config, outputs_of
 from peft import get_peft_model
 from transformers import CLIPImageProcessor, TrainerCallback
+from transformers.utils import hub as hub_utils
 from world import TinyClip, parse, words
 
 from hf_gatelora import training
@@ -50,6 +51,7 @@ def hub(server, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     url = server.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url)
+    monkeypatch.setattr(hub_utils, "_hf_api", None, raising=False)  # the client that Trainer keeps, with its endpoint
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
