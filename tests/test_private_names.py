@@ -61,6 +61,8 @@ NAMES = [
     ("transformers.trainer", "model_accepts_loss_kwargs", "how a loss is scaled for accumulation"),
     ("transformers.integrations", "unset_hf_deepspeed_config", "loads CLIP whole under ZeRO-3"),
     # accelerate
+    ("accelerate.commands.env", "env_command", "what `accelerate env` reports, for doctor"),
+    ("accelerate.commands.env", "env_command_parser", "its arguments"),
     ("accelerate.accelerator", "_optimizers", "closed blocks leave a loop's optimizers before its state is loaded"),
     # DeepSpeed: how it holds parameters
     ("deepspeed.utils.tensor_fragment", "_hp_mapping", "ZeRO updates the parameter"),

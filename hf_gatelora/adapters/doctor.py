@@ -49,21 +49,22 @@ def examine_model(
     Raises:
         ValueError: if the model's config cannot be read.
     """
-    name, model = str(model), empty_model(load_config(model))
+    base = empty_model(load_config(model))
     problems: list[str] = []
-    report = {"model": name, "class": type(model).__name__, "parameters": sum(p.numel() for p in model.parameters())}
+    size = sum(p.numel() for p in base.parameters())
+    report = {"model": str(model), "class": type(base).__name__, "parameters": size}
     report |= {"target_modules": target_modules or "lora_targets", "r": r, "problems": problems}
-    layers = linear_layers(model)
+    layers = linear_layers(base)
     try:
-        targets = list(target_modules or lora_targets(model))
-        if missing := lora_layers.missing_targets(model, targets):
-            problems.append(lora_layers.explain_missing(model, missing))
+        targets = list(target_modules or lora_targets(base))
+        if missing := lora_layers.missing_targets(base, targets):
+            problems.append(lora_layers.explain_missing(base, missing))
         targets = [target for target in targets if target not in missing]
         if not targets:
             return report
         config = LoraConfig(r=r, lora_alpha=r, target_modules="all-linear" if targets == ["all-linear"] else targets)
         with quiet():
-            adapted = get_peft_model(model, without_heads(model, config))
+            adapted = get_peft_model(base, without_heads(base, config))
         adapters = lora_layers.lora_layers(adapted, "default")
     except (TypeError, ValueError) as error:
         problems.append(str(error))
@@ -81,10 +82,10 @@ def examine_model(
     parameters = sum(lora_layers.multiplications(layer, "default")[0] for layer in adapters.values())
     report |= {"gates": count, "smallest_budget": smallest_fraction(count), "lora_parameters": parameters}
     try:
-        config = GateConfig(target_active=budget)
-        towers = find_towers({name: [name] for name in adapters}, config)
+        gating = GateConfig(target_active=budget)
+        towers = find_towers({name: [name] for name in adapters}, gating)
         parts = [
-            {"open": opened, "gates": len(members)} for members, opened in open_counts(towers, count, config) or []
+            {"open": opened, "gates": len(members)} for members, opened in open_counts(towers, count, gating) or []
         ]
     except ValueError as error:
         problems.append(str(error))

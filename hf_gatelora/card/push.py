@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 # Of an earlier push, these are removed if the folder does not hold them any more: they would not be of this adapter.
 REPLACED = (RESULTS_FILE, EVAL_RESULTS, GATE_MAP, FRONTIER, STATE_FILE, SUMMARY_FILE)
 # All that a push uploads: what PEFT, this package, and a processor or tokenizer write.
-NAMES = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, CARD, *REPLACED)
+NAMES: tuple[str, ...] = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, CARD, *REPLACED)
 NAMES += ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tokenizer.json")
 NAMES += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt")
 NAMES += ("merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja")
@@ -80,10 +80,18 @@ def push_adapter(
         ValueError: if the folder holds no adapter, or a file to upload is a link.
         PushError: if the Hub cannot be reached or refuses.
     """
-    directory, settings = Path(directory), {"private": private, "revision": revision, "create_pr": create_pr}
+    directory = Path(directory)
     regular_files(directory, NAMES)  # links are refused before the card is written
     write_card(directory, base, license=license, repo_id=repo_id if "/" in repo_id else None, revision=revision)
-    commit = upload(directory, repo_id, token=token, commit_message=commit_message or "Upload adapter", **settings)
+    commit = upload(
+        directory,
+        repo_id,
+        private=private,
+        revision=revision,
+        token=token,
+        commit_message=commit_message or "Upload adapter",
+        create_pr=create_pr,
+    )
     return commit.pr_url or str(commit.repo_url)
 
 
@@ -122,7 +130,9 @@ def upload(
                 logger.warning(f"The model card of {repo} was edited on the Hub and stays there as it is.")
                 del files[CARD]
         stale = [path for path in there if path in REPLACED or (checkpoint and path.startswith(f"{checkpoint[0]}/"))]
-        changes = [CommitOperationAdd(path, public(file, directory)) for path, file in files.items()]
+        changes: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationAdd(path, public(file, directory)) for path, file in files.items()
+        ]
         changes += [CommitOperationDelete(path, is_folder=False) for path in stale if path not in files]
         return api.create_commit(repo, changes, commit_message=commit_message, revision=revision, create_pr=create_pr)
     except (OSError, HTTPError, ValueError, RuntimeError) as error:
@@ -162,7 +172,7 @@ def public(file: Path, directory: Path) -> Path | bytes:
     shown = without_paths(found)
     if file.name == CONFIG_NAME and shown != found:
         card = ModelCard((directory / CARD).read_text(encoding="utf-8"), ignore_metadata_errors=True)
-        shown["base_model_name_or_path"] = card.data.base_model or shown["base_model_name_or_path"]
+        shown["base_model_name_or_path"] = card.data.get("base_model") or shown["base_model_name_or_path"]
     return json.dumps(shown, indent=2).encode()
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData, eval_result_entries_to_yaml
@@ -60,15 +61,17 @@ def write_card(
     directory = Path(directory)
     if (directory / EVAL_RESULTS).parent.is_symlink():
         raise ValueError(f"{(directory / EVAL_RESULTS).parent} is a link: replace it with a folder, or remove it.")
-    given = {"base": hub_id(base), "license": license, "language": language, "repo_id": repo_id, "revision": revision}
+    given: dict[str, Any] = {"base": hub_id(base), "license": license, "language": language}
+    given |= {"repo_id": repo_id, "revision": revision}
     given |= {"datasets": [datasets] if isinstance(datasets, str) else datasets}
     given |= {"tags": [tags] if isinstance(tags, str) else tags}
     before = _read_text(directory / CARD)
     if before and MARK.search(before) and is_generated(before):
         said = ModelCard(before, ignore_metadata_errors=True).data
-        known = {"base": said.base_model, "license": said.license, "language": said.language, "datasets": said.datasets}
-        known["tags"] = [tag for tag in said.tags or [] if not tag.startswith("base_model:")]
-        if AdapterCard.read(directory).base in (None, said.base_model):  # else it was trained again, on another base
+        known = {key: said.get(key) for key in ("license", "language", "datasets")}
+        known["base"] = said.get("base_model")
+        known["tags"] = [tag for tag in said.get("tags") or [] if not tag.startswith("base_model:")]
+        if AdapterCard.read(directory).base in (None, known["base"]):  # else it was trained again, on another base
             given = known | {key: value for key, value in given.items() if value is not None}
     card = AdapterCard.read(directory, **given)
     if card.summary.get("blocks"):
@@ -109,7 +112,7 @@ def is_generated(text: str) -> bool:
     if not body or body.startswith(TRAINERS_CARD):
         return True
     body = re.sub(r"\n### Framework versions\s+- PEFT \S+\s*\Z", "", body)
-    placeholders = ({}, {"model_description": TRANSFORMERS_CARD})
+    placeholders: tuple[dict[str, str], ...] = ({}, {"model_description": TRANSFORMERS_CARD})
     return body.strip() in {ModelCard.from_template(ModelCardData(), **known).text.strip() for known in placeholders}
 
 
@@ -119,7 +122,7 @@ def _license_of(base: str | None) -> str | None:
     try:
         if hub_id(base) is None:
             text = _read_text(Path(base) / CARD)
-            return ModelCard(text, ignore_metadata_errors=True).data.license if text else None
+            return ModelCard(text, ignore_metadata_errors=True).data.get("license") if text else None
         data = HfApi().model_info(base, timeout=10).card_data
     except (OSError, ValueError, HTTPError, yaml.YAMLError):
         return None  # it cannot be looked up now: the card says that it is not stated

@@ -8,6 +8,7 @@ import sys
 import warnings
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
+from typing import Any
 
 DESCRIPTION = "Gated LoRA: look at models and adapters, measure adapters, and make other adapters or models of them."
 EPILOG = """
@@ -100,8 +101,8 @@ def parser() -> argparse.ArgumentParser:
     top = Parser(prog="gatelora", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, run: str, summary: str, epilog: str = "") -> argparse.ArgumentParser:
-        description = f"{summary[0].upper()}{summary[1:]}."
+    def add(name: str, run: str, summary: str, epilog: str = "", more: str = "") -> argparse.ArgumentParser:
+        description = f"{summary[0].upper()}{summary[1:]}.{more}"
         command = commands.add_parser(name, help=summary, description=description, epilog=epilog, formatter_class=raw)
         command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help='print the answer as JSON; errors as {"error": ...}')
@@ -126,7 +127,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
     _base(command)
     command.add_argument("--id", metavar="SOURCE", help="images like those it was tuned on, not seen in training")
-    named = {"nargs": "+", "action": "extend", "metavar": "NAME=SOURCE"}
+    named: dict[str, Any] = {"nargs": "+", "action": "extend", "metavar": "NAME=SOURCE"}
     command.add_argument("--ood", **named, help="sets with the same classes in another domain")
     command.add_argument("--retention", **named, help="sets of what the base could do before")
     command.add_argument("--bank", **named, help="labelled images for the k-NN measurement of the set of that name")
@@ -163,8 +164,9 @@ def parser() -> argparse.ArgumentParser:
         "same measurements are replaced, others stay; what cannot be compared with the new rows is dropped, and named",
     )
 
-    command = add("fold", "adapters:fold", "write a checkpoint as a stock adapter of the blocks that are open in it")
-    command.description += " Before the freeze this\nis the model of that moment: the budget is not applied to it."
+    more = "\nBefore the freeze this is the model of that moment: its gates stay as they are, no budget is applied."
+    summary = "write a checkpoint as a stock adapter of the blocks that are open in it"
+    command = add("fold", "adapters:fold", summary, more=more)
     command.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, from before or after the freeze")
     _output(command)
 
@@ -183,7 +185,7 @@ def parser() -> argparse.ArgumentParser:
     _base(command, "needed if the adapter has a head")
 
     command = add("combine", "adapters:combine", "write the weighted sum of two or more adapters, on all their blocks")
-    weighted = {"metavar": "ADAPTER[=WEIGHT]", "help": "weight: default 1, may be negative"}
+    weighted: dict[str, Any] = {"metavar": "ADAPTER[=WEIGHT]", "help": "weight: default 1, may be negative"}
     command.add_argument("first", **weighted)
     command.add_argument("others", **weighted, nargs="+")
     _output(command)
@@ -193,8 +195,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("adapter", metavar="ADAPTER", help="folder")
     _metadata(command)
 
-    command = add("push", "adapters:push", "put an adapter on the Hub, with its card")
-    command.description += "\nOnly files that gatelora, PEFT, or the processor write are uploaded."
+    more = "\nOnly files that gatelora, PEFT or the processor writes are uploaded."
+    command = add("push", "adapters:push", "put an adapter on the Hub, with its card", more=more)
     command.add_argument("adapter", metavar="ADAPTER", help="folder")
     command.add_argument("repo", metavar="REPO", help="user/name")
     _metadata(command)

@@ -1,6 +1,7 @@
 """The commands that write or publish: fold, merge, wise, combine, card and push."""
 
 from argparse import Namespace
+from os import PathLike
 from pathlib import Path
 
 from ..adapters.inspection import Adapter, find_adapter, inspect_adapter
@@ -47,7 +48,8 @@ def combine(arguments: Namespace) -> tuple[dict, str, int]:
 
     sources, weights = zip(*map(_weighted, [arguments.first, *arguments.others]), strict=True)
     adapters = [inspect_adapter(source) for source in sources]
-    folders, base = [adapter.folder for adapter in adapters], _base_of(adapters, arguments.model)
+    base = _base_of(adapters, arguments.model)
+    folders: list[str | PathLike] = [adapter.folder for adapter in adapters]
     combine_adapters(folders, list(weights), arguments.output, base)
     return _written(arguments.output, weights=[list(pair) for pair in zip(sources, weights, strict=True)])
 

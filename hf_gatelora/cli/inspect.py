@@ -70,7 +70,7 @@ def gate_map_text(adapter: Adapter) -> str:
     lines = []
     for grid in grids(list(shown)):
         rows = [
-            [layer, *[shown.get(grid.cells.get((layer, column)), "") for column in grid.columns]]
+            [layer, *[shown.get(grid.cells.get((layer, column), ""), "") for column in grid.columns]]
             for layer in grid.layers
         ]
         lines.append(table([[grid.tower, *grid.columns], *rows], "  "))

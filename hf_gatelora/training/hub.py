@@ -42,12 +42,16 @@ class HubTrainer(EngineTrainer):
     push_in_progress = None
 
     @property
+    def _output(self) -> Path:
+        return Path(self.args.output_dir or "")
+
+    @property
     def _repo(self) -> str:
-        return self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        return self.hub_model_id or self.args.hub_model_id or self._output.absolute().name
 
     def _folder(self, directory: str | os.PathLike) -> Path:
         """Where below a saved folder the adapter's files are."""
-        return adapter_folder(directory, self.model.active_adapter)
+        return adapter_folder(directory, str(self.model.active_adapter))
 
     def init_hf_repo(self, token=None, private=None):
         """Trainer's: create the repository before the training.
@@ -56,7 +60,7 @@ class HubTrainer(EngineTrainer):
             PushError: if the token does not allow it. A Hub that cannot be reached does not stop the training.
         """
         if self.is_world_process_zero():
-            for left in Path(self.args.output_dir).glob(f"{STAGED}*"):  # by a process that was killed
+            for left in self._output.glob(f"{STAGED}*"):  # by a process that was killed
                 shutil.rmtree(left)
         try:
             super().init_hf_repo(token, private)
@@ -77,7 +81,7 @@ class HubTrainer(EngineTrainer):
         given = signature(super().create_model_card).bind(*args, **kwargs).arguments
         if self.is_world_process_zero():
             known = {name: given.get(theirs) for name, theirs in CARD_ARGUMENTS.items()}
-            self._write_card(self._folder(self.args.output_dir), revision, tags=given.get("tags"), **known)
+            self._write_card(self._folder(self._output), revision, tags=given.get("tags"), **known)
 
     def _write_card(self, folder: Path, revision: str | None = None, **given) -> None:
         repo = self._repo if "/" in self._repo else None
@@ -98,7 +102,7 @@ class HubTrainer(EngineTrainer):
             super()._save(output_dir, state_dict)
         finally:
             self.args.hub_token = token
-        saved = Path(output_dir or self.args.output_dir)
+        saved = Path(output_dir or self._output)
         if self.processing_class is not None and self.args.should_save and self._folder(saved) != saved:
             self.processing_class.save_pretrained(self._folder(saved))
 
@@ -127,7 +131,7 @@ class HubTrainer(EngineTrainer):
         tags = [*([tags] if isinstance(tags, str) else tags), *(getattr(self.model, "model_tags", None) or [])]
         self.create_model_card(**kwargs, tags=tags or None, revision=revision)
         self._finish_current_push()
-        push = self._push(self._folder(self.args.output_dir), commit_message, token, revision, private)
+        push = self._push(self._folder(self._output), commit_message, token, revision, private)
         return push() if blocking else run_as_future(push)
 
     def _push(self, folder: Path, message: str, token=None, revision=None, private=None, **more) -> Callable:
@@ -155,12 +159,12 @@ class HubTrainer(EngineTrainer):
             self.args.hub_strategy
         )
         # A copy, which neither the training nor the rotation of checkpoints touches.
-        staged = tempfile.TemporaryDirectory(prefix=STAGED, dir=self.args.output_dir)
+        staged = tempfile.TemporaryDirectory(prefix=STAGED, dir=self._output)
         whole = Path(staged.name) / checkpoint.name
         try:
             without_arguments = shutil.ignore_patterns(TRAINING_ARGS_NAME)
             shutil.copytree(checkpoint, whole, symlinks=True, copy_function=_link, ignore=without_arguments)
-            folder, own = self._folder(whole), self._folder(self.args.output_dir) / CARD
+            folder, own = self._folder(whole), self._folder(self._output) / CARD
             if own.is_file() and not is_generated(own.read_text(encoding="utf-8")):
                 (folder / CARD).unlink(missing_ok=True)
                 shutil.copy(own, folder / CARD)
