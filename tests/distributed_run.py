@@ -20,10 +20,8 @@ from hf_gatelora.evaluation.suite import ClassifierSuite, EvalSet
 from hf_gatelora.evaluation.zero_shot import image_features
 from hf_gatelora.gates.engines import engine_for, without_embedding_units
 from hf_gatelora.records import ROLES
+from hf_gatelora.training.losses import contrastive_loss
 from hf_gatelora.training.saving import is_partitioned
-
-sys.path.append(str(Path(__file__).parents[1] / "recipes"))
-from train_clip import contrastive_loss
 
 # Made before DeepSpeed is set up, which changes how transformers initialises weights.
 MODELS = {name: family["model"]() for name, family in FAMILIES.items()}

@@ -11,11 +11,11 @@ WIDTH = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 VISION = {**WIDTH, "num_hidden_layers": 2, "image_size": 16, "patch_size": 8}
 
 
-def tiny_clip() -> CLIPModel:
+def tiny_clip(vocabulary: int = 32, length: int = 8) -> CLIPModel:
     """2 vision and 1 text layer of width 16: 18 blocks."""
     torch.manual_seed(0)
-    text = {**WIDTH, "num_hidden_layers": 1, "vocab_size": 32, "max_position_embeddings": 8}
-    text |= {"bos_token_id": 0, "eos_token_id": 31, "pad_token_id": 1}
+    text = {**WIDTH, "num_hidden_layers": 1, "vocab_size": vocabulary, "max_position_embeddings": length}
+    text |= {"bos_token_id": 0, "eos_token_id": vocabulary - 1, "pad_token_id": 1}
     return CLIPModel(CLIPConfig(text_config=text, vision_config=VISION, projection_dim=8)).eval()
 
 

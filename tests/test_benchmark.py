@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import matplotlib.image
 import pytest
 from operations import Operations, aten
-from world import ROOT
+from world import RECIPES
 
 from hf_gatelora.records import read_results
 
@@ -151,9 +151,9 @@ def test_scaling_refuses_what_cannot_be_varied(vary):
 
 
 def test_published_benchmarks_are_those_of_their_results():
-    page = (ROOT / "recipes" / "README.md").read_text()
+    page = (RECIPES / "README.md").read_text()
     scripts = {"benchmark_cpu": (benchmark, "step_time.png"), "benchmark_scaling": (scaling, "scaling.png")}
-    folders = [path.parent for path in (ROOT / "recipes" / "results").glob("benchmark_*/results.jsonl")]
+    folders = [path.parent for path in (RECIPES / "results").glob("benchmark_*/results.jsonl")]
     assert {folder.name for folder in folders} == set(scripts)
     for folder in folders:
         script, figure = scripts[folder.name]

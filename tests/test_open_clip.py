@@ -3,7 +3,6 @@
 import json
 import sys
 from dataclasses import asdict
-from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -15,11 +14,13 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPModel, CLIPProcessor
-from world import words
+from world import parse, words
 
 from hf_gatelora import attach_gates, export_open_clip, load_open_clip
+from hf_gatelora.training.openclip import open_clip_checkpoint
 
 # isort: split
+import compare
 import train_clip
 
 TINY = {
@@ -262,37 +263,41 @@ def test_recipe(world, architecture, tmp_path, monkeypatch, capsys):
     perturb(model)
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     line = [*words(world, tmp_path / "out"), "--model", f"open_clip:{name}/{tmp_path / 'weights.pt'}"]
-    train_clip.run([*line, "--methods", "gated", "full", "--full_learning_rate", "1e-2", "--save_open_clip"])
+    line += ["--methods", "gated", "full", "--full_learning_rate", "1e-2", "--save_open_clip", "--seeds", "0"]
+    compare.main(["clip", *line])
     (folder,) = (tmp_path / "home" / "hf_gatelora").iterdir()
     assert f"as a transformers checkpoint: {folder}" in capsys.readouterr().out
 
-    config = PeftConfig.from_pretrained(tmp_path / "out" / "gated")
+    folders = {method: tmp_path / "out" / "seed-0" / method / method for method in ("gated", "full")}
+    config = PeftConfig.from_pretrained(folders["gated"])
     assert config.base_model_name_or_path == str(folder)
     base, processor = CLIPModel.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder)
     assert difference(model, base, processor, name) < 1e-4
-    gated = PeftModel.from_pretrained(CLIPModel.from_pretrained(folder), tmp_path / "out" / "gated").eval()
-    full = CLIPModel.from_pretrained(tmp_path / "out" / "full").eval()
+    gated = PeftModel.from_pretrained(CLIPModel.from_pretrained(folder), folders["gated"]).eval()
+    full = CLIPModel.from_pretrained(folders["full"]).eval()
     for method, tuned in (("gated", gated.merge_and_unload()), ("full", full)):
-        back = open_clip.create_model(name, str(tmp_path / "out" / method / "open_clip_model.safetensors"))
+        back = open_clip.create_model(name, str(folders[method] / "open_clip_model.safetensors"))
         assert difference(back, tuned, processor, name) < 1e-4
         assert difference(back, base, processor, name) > 1e-2
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_recipe_with_random_weights(architecture, tmp_path, monkeypatch):
+def test_recipe_with_random_weights(world, architecture, tmp_path, monkeypatch):
     name = architecture(TINY)
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
     state = torch.random.get_rng_state()
-    folder = train_clip.converted(name)
+    folder = open_clip_checkpoint(name)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(7)
-    assert train_clip.converted(name) == folder  # a second start finds the same weights
-    task = train_clip.Clip(SimpleNamespace(model=f"open_clip:{name}"))
-    assert task.base() is not task.base()
-    assert all(torch.equal(a, b) for a, b in zip(task.base().parameters(), task.base().parameters()))
+    assert open_clip_checkpoint(name) == folder  # a second start finds the same weights
+    line = [*words(world, tmp_path / "out"), "--model", f"open_clip:{name}"]
+    base, _, parts = train_clip.prepare(*parse("clip", line))
+    assert base() is not base()
+    assert all(torch.equal(a, b) for a, b in zip(base().parameters(), base().parameters()))
     transform = open_clip.create_model_and_transforms(name)[2]
-    torch.testing.assert_close(task.pixels(picture(61, 40)), transform(picture(61, 40)), rtol=0, atol=1e-5)
-    assert train_clip.converted(architecture(changed(quick_gelu=True))) != folder
+    found = parts["train_dataset"].transform(picture(61, 40))
+    torch.testing.assert_close(found, transform(picture(61, 40)), rtol=0, atol=1e-5)
+    assert open_clip_checkpoint(architecture(changed(quick_gelu=True))) != folder
     assert sorted(f.name for f in folder.iterdir()) == sorted(
         ["config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "tokenizer_config.json"]
     )

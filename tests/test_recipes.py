@@ -1,22 +1,29 @@
-"""The CLIP recipe: data from any source, bad data, modes, outputs."""
+"""The recipes: data from any source, bad data and arguments, modes, outputs, the scripts by themselves, the toy."""
 
+import hashlib
 import json
-from types import SimpleNamespace
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
+import world as recipes
 import yaml
+from backbones import BACKBONES
 from datasets import Dataset, Features, Image, Value
 from peft import PeftModel
-from transformers import CLIPModel
-from world import NAMES, ROOT, TASKS, TinyClip, dataset, parse, png, words
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPModel, CLIPProcessor
+from world import NAMES, RECIPES, TASKS, dataset, parse, png, words
 
+from hf_gatelora import lora_targets
 from hf_gatelora.evaluation import images as sources
 from hf_gatelora.records import Results, read_results
-
-# isort: split
-import methods
+from hf_gatelora.training.arguments import explained_errors
 
 
 @pytest.fixture
@@ -24,7 +31,7 @@ def run(world, tmp_path, capsys):
     """`run(*words)`: the recipe on the tiny world; returns its output folder and what it printed."""
 
     def start(*more):
-        methods.main(TinyClip, *parse("clip", [*words(world, tmp_path / "out"), *more]))
+        recipes.run("clip", [*words(world, tmp_path / "out"), *more])
         return tmp_path / "out", capsys.readouterr().out
 
     return start
@@ -129,17 +136,27 @@ def test_classification_writes_adapter_results_and_gate_map(run, world):
     # The table shows what the file says, and the file what the adapter does.
     (row,) = (r for r in rows if (r["method"], r["role"], r["metric"]) == ("gated", "id", "top1"))
     assert f"| gated  | {100 * row['value']:.1f} (" in printed
-    clip = TinyClip(SimpleNamespace(model=str(world / "model")))
-    data = sources.LabelledImages(str(world / "data.parquet"), clip.pixels)
-    tuned = PeftModel.from_pretrained(CLIPModel.from_pretrained(clip.name), output / "gated").eval()
+    processor = CLIPProcessor.from_pretrained(output / "gated")  # beside the adapter, as users find it
+    tuned = PeftModel.from_pretrained(CLIPModel.from_pretrained(world / "model"), output / "gated").eval()
+    data, texts = dataset(), [f"a {name} square" for name in NAMES]
     with torch.no_grad():
-        logits = tuned(
-            pixel_values=torch.stack([r["pixel_values"] for r in data]),
-            **clip.tokens([f"a {name} square" for name in NAMES]),
-        ).logits_per_image
-    assert row["value"] == pytest.approx((logits.argmax(-1) == data.labels).float().mean().item())
+        inputs = processor(text=texts, images=data["image"][:], return_tensors="pt", padding=True, truncation=True)
+        logits = tuned(**inputs).logits_per_image
+    assert row["value"] == pytest.approx((logits.argmax(-1) == torch.tensor(data["label"][:])).float().mean().item())
     (base,) = (r for r in rows if (r["method"], r["role"], r["metric"]) == ("base", "id", "top1"))
     assert row["value"] > base["value"] + 0.2
+
+
+def test_labels_that_are_numbers_take_their_names_from_a_file(run, world, tmp_path):
+    dataset(label=Value("int64")).to_parquet(tmp_path / "numbers.parquet")
+    numbers = ["--train", str(tmp_path / "numbers.parquet"), "--test", str(tmp_path / "numbers.parquet")]
+    with pytest.raises(ValueError, match="--class_names FILE"):
+        run(*numbers)
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    more = ["--retention", f"old={world / 'data.parquet'}"]
+    expected = [row["value"] for row in read_results(run(*more)[0] / "results.jsonl") if row["role"] != "cost"]
+    found = read_results(run(*numbers, *more, "--class_names", str(tmp_path / "names.txt"))[0] / "results.jsonl")
+    assert [row["value"] for row in found if row["role"] != "cost"] == expected
 
 
 def test_contrastive(run):
@@ -148,7 +165,7 @@ def test_contrastive(run):
     metrics = {(r["method"], r["metric"]) for r in rows if r["role"] == "id"}
     recalls = [f"{d}_recall@{k}" for d in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
     assert metrics == {(method, recall) for method in ("base", "gated") for recall in recalls}
-    assert "ID test image_to_text_recall@1" in printed
+    assert "ID test image to text recall@1 " in printed
     assert json.loads((output / "gated" / "gates.json").read_text())["gates"] == 12
 
 
@@ -167,7 +184,12 @@ def test_resume_from_the_command_line(run):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["--methods", "qlora"], "--methods"),
+        (["--methods", "qlora"], "--methods 'qlora' is not known here: use some of lora, gated"),
+        (["--methods", "full"], "--methods 'full' is not known here"),
+        (["--lora_targets", "text_model.encoder.layers.0.mlp.fc1", "--towers", "vision"], "are not in --towers"),
+        (["--wise", "2"], "the scales lie between 0"),
+        (["--imagenet", "test"], "does not have ImageNet's 1000 classes"),
+        (["--save_openclip", "secret"], "unknown argument --save_openclip: --help"),
         (["--mode", "both"], "--mode 'both' is not known"),
         (["--towers", "audio"], "--towers"),
         (["--prompt", "a photo"], "has no {} for the class name"),
@@ -194,11 +216,89 @@ def test_bad_arguments(run, line, message):
     ],
 )
 def test_bad_models(world, tmp_path, recipe, model, message):
-    data = str(world / "data.parquet")
-    line = ["--model", str(world / model), "--train", data, "--test", data, "--output_dir", str(tmp_path), "--use_cpu"]
-    task, _ = TASKS[recipe]
+    line = [*words(world, tmp_path, recipe), "--model", str(world / model)]
     with pytest.raises(ValueError, match=message):
-        methods.main(task, *parse(recipe, line))
+        recipes.run(recipe, line)
+
+
+@pytest.mark.parametrize("backbone", ["DINOv2 with SwiGLU", "ConvNeXt (Conv2d)"])
+def test_targets_are_those_of_the_model_unless_they_are_named(world, tmp_path, backbone):
+    """A backbone whose layers have other names than DINOv2's trains by default; named targets are taken as they are."""
+    model = BACKBONES[backbone]["model"]()
+    model.config.id2label = dict(enumerate("abcd"[: model.config.num_labels]))
+    model.save_pretrained(tmp_path / "model")
+    processor = AutoImageProcessor.from_pretrained(world / "dinov2")
+    side = getattr(model.config, "image_size", 32)
+    processor.size, processor.crop_size = {"shortest_edge": side}, {"height": side, "width": side}
+    processor.save_pretrained(tmp_path / "model")
+    line = [*words(world, tmp_path / "out", "dinov2"), "--model", str(tmp_path / "model"), "--max_steps", "4"]
+    expected = lora_targets(AutoModelForImageClassification.from_pretrained(tmp_path / "model"))
+    recipes.run("dinov2", line)
+    assert json.loads((tmp_path / "out" / "gated" / "gates.json").read_text())["gates"] == len(expected)
+    leaf = expected[0].rpartition(".")[2]
+    recipes.run("dinov2", [*line, "--lora_targets", leaf, "--methods", "lora"])
+    config = json.loads((tmp_path / "out" / "lora" / "adapter_config.json").read_text())
+    assert config["target_modules"] == [leaf]
+
+
+def test_named_targets_stay_within_the_towers(run):
+    output, _ = run("--lora_targets", "fc1", "--towers", "text", "--methods", "lora")
+    weights = load_file(output / "lora" / "adapter_model.safetensors")
+    name = "base_model.model.text_model.encoder.layers.0.mlp.fc1"
+    assert set(weights) == {f"{name}.lora_A.weight", f"{name}.lora_B.weight"}
+
+
+def launched(script, *arguments, cwd, **environment):
+    """What a script did that was started by itself, as `accelerate launch` starts it."""
+    command = [sys.executable, script, *map(str, arguments)]
+    pipes = {"capture_output": True, "text": True, "timeout": 300}
+    return subprocess.run(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, **pipes)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_script_runs_alone(world, tmp_path, task):
+    """Copied into an empty folder it needs the package and nothing else; a YAML file names files beside itself."""
+    script = shutil.copy(RECIPES / f"train_{task}.py", tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("model", "dinov2", "data.parquet"):
+        (tmp_path / name).symlink_to(world / name)
+    model = "model" if task == "clip" else task
+    fields = {"model": model, "train": "data.parquet", "test": "data.parquet", "retention": {"old": "data.parquet"}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(fields))
+    done = launched(script, tmp_path / "c.yaml", *words(world, "out", task)[6:], cwd=tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr
+    assert "| gated  |" in done.stdout
+    rows = read_results(tmp_path / "elsewhere" / "out" / "results.jsonl")
+    assert {row["split"] for row in rows if row["role"] == "id"} == {str(tmp_path / "data.parquet")}
+    assert (tmp_path / "elsewhere" / "out" / "gated" / "README.md").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--model", "no/such/model"], "no/such/model is no model that transformers can load: "),
+        (["--train", "missing.parquet"], "missing.parquet: no such file or folder."),
+        (["--gate_tau", "x"], "error: argument --gate_tau"),
+        (["--hub_tokn", "hf_secret"], "unknown argument --hub_tokn: "),
+    ],
+)
+def test_input_errors_end_in_one_sentence(world, tmp_path, more, said):
+    done = launched(RECIPES / "train_clip.py", *words(world, tmp_path / "out"), *more, cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("train_clip.py: "))
+    assert said in line
+    assert "Traceback" not in done.stderr
+    assert "usage" not in done.stderr
+    assert "secret" not in done.stderr + done.stdout
+
+
+def test_other_errors_keep_their_traceback(capsys):
+    with pytest.raises(KeyError), explained_errors("x"):
+        raise KeyError("a mistake of the program")
+    with pytest.raises(SystemExit) as end, explained_errors("x"):
+        raise OSError("two\nlines")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "x: two lines\n"
 
 
 def test_yaml_and_command_line(tmp_path):
@@ -215,6 +315,23 @@ def test_yaml_and_command_line(tmp_path):
         parse("clip", [str(config)])
     with pytest.raises(ValueError, match="--model is missing"):
         parse("clip", [])
+    config.write_text("a: [")
+    with pytest.raises(ValueError, match="is not a YAML file"):
+        parse("clip", [str(config)])
+
+
+def test_yaml_names_files_beside_itself(tmp_path, monkeypatch):
+    """What exists there is taken from there; all else is as on the command line: a Hub id, a path from here."""
+    (tmp_path / "configs" / "own").mkdir(parents=True)
+    (tmp_path / "configs" / "own" / "a.parquet").touch()
+    monkeypatch.chdir(tmp_path)
+    fields = {"model": "own", "train": "./own:test", "test": "user/data:test", "bank": {"x": "own/a.parquet", "y": "z"}}
+    (tmp_path / "configs" / "c.yaml").write_text(yaml.safe_dump({**fields, "output_dir": "own"}))
+    found, training = parse("dinov2", ["configs/c.yaml"])
+    assert (found.model, found.train, found.test) == ("configs/own", "configs/own:test", "user/data:test")
+    assert found.bank == ["x=configs/own/a.parquet", "y=z"]
+    assert training.output_dir == "own"
+    assert parse("dinov2", ["configs/c.yaml", "--model", "own"])[0].model == "own"
 
 
 def test_yaml_values_are_those_of_the_command_line(tmp_path, capsys):
@@ -238,11 +355,45 @@ def test_yaml_values_are_those_of_the_command_line(tmp_path, capsys):
 
 
 def test_every_recipe_config_parses():
-    configs = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
+    configs = sorted((RECIPES / "configs").rglob("*.yaml"))
     assert configs
+    threads = torch.get_num_threads()
     for config in configs:
         tasks = [task for task in TASKS if task in config.stem] or ["clip"]
-        parse(tasks[0], [str(config)])
+        found, _ = parse(tasks[0], [str(config)])
+        if "quickstart" in config.stem:
+            named = [*found.ood, *found.retention, *(getattr(found, "bank", None) or [])]
+            sources_of = [found.model, found.train, found.test, *(entry.partition("=")[2] for entry in named)]
+            assert all(Path(source).exists() and RECIPES / "toy" in Path(source).parents for source in sources_of)
+    torch.set_num_threads(threads)
+
+
+def test_the_toy_is_the_one_that_was_made():
+    toy = RECIPES / "toy"
+    sums = dict(reversed(line.split("  ")) for line in (toy / "SHA256SUMS").read_text().splitlines())
+    kinds = (".parquet", ".safetensors", ".json")
+    files = {str(file.relative_to(toy)) for file in toy.rglob("*") if file.suffix in kinds}
+    assert set(sums) == files
+    for name, digest in sums.items():
+        assert hashlib.sha256((toy / name).read_bytes()).hexdigest() == digest, name
+    assert sum((toy / name).stat().st_size for name in sums) < 7e6
+
+
+def test_the_toys_pictures_are_drawn_again(tmp_path):
+    """The script that made the files still does, to the pixel."""
+    import draw
+    import make
+
+    name, (styles, _, seed) = "sketch-test", make.SETS["sketch-test"]
+    stored = sources.load_images(str(RECIPES / "toy" / f"{name}.parquet"))[0]
+    drawn, kinds = draw.draw_set(styles, len(stored), seed)
+    make.save_set(styles, 8, seed, tmp_path / "few.parquet")
+    few = sources.LabelledImages(str(tmp_path / "few.parquet"), lambda image: image)
+    assert (few.class_names, len(few)) == (draw.SHAPES, 8)
+    assert [label // 32 for label in kinds[:20]] == stored["label"][:20]
+    found = sources.LabelledImages(str(RECIPES / "toy" / f"{name}.parquet"), lambda image: image)
+    for row in (0, 499):
+        assert found[row]["pixel_values"].tobytes() == drawn[row].convert("RGB").tobytes()
 
 
 def test_results_file_is_whole_after_every_row(tmp_path):

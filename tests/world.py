@@ -3,21 +3,19 @@
 import sys
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from models import CLASSES, tiny_clip, tiny_dinov2
 from PIL import Image as PILImage
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
-from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
+
+from hf_gatelora import GatedLoraTrainingArguments
+from hf_gatelora.training.arguments import parse_arguments
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "recipes"))  # last: the recipe evaluate.py is not the package evaluate
+RECIPES = ROOT / "recipes"
+sys.path += [str(RECIPES), *(str(RECIPES / name) for name in ("comparison", "benchmarks", "toy"))]
 
-import common
 import train_clip
 import train_dinov2
 
@@ -43,20 +41,29 @@ def dataset(count=16, label=None, **columns):
     return Dataset.from_dict({**rows, **columns}, features=features)
 
 
+def merges_of(word: str) -> list[tuple[str, str]]:
+    """The merges that make one token of a word."""
+    parts, found = [*word[:-1], f"{word[-1]}</w>"], []
+    while len(parts) > 1:
+        found.append((parts[0], parts[1]))
+        parts[:2] = ["".join(parts[:2])]
+    return found
+
+
 def build(root: Path) -> None:
     """Write a tiny CLIP and a tiny DINOv2 with their preprocessing, and images of four colours as folders and files."""
-    model = tiny_clip()
-    model.config.text_config.eos_token_id = 3
-    words = ["<pad>", "<unk>", "<start>", "<end>", "a", "square", *NAMES]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing("<start> $A <end>", special_tokens=[("<start>", 2), ("<end>", 3)])
+    # A word is one token, merged from its letters from left to right.
+    words = ["a", "square", *NAMES]
+    merges = list(dict.fromkeys(merge for word in words for merge in merges_of(word)))
+    letters = sorted(set("".join(words)))
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges)]
+    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    tokenizer = CLIPTokenizer(vocabulary, merges, model_max_length=24)
+    model = tiny_clip(len(vocabulary), 24)
     model.save_pretrained(root / "model")
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<start>", eos_token="<end>"
-    ).save_pretrained(root / "model")
     size = {"height": 16, "width": 16}
-    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size).save_pretrained(root / "model")
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size)
+    CLIPProcessor(images, tokenizer).save_pretrained(root / "model")
     dataset().to_parquet(root / "data.parquet")
     dataset(8).save_to_disk(root / "saved")
     DatasetDict({"train": dataset(8), "test": dataset(4)}).save_to_disk(root / "splits")
@@ -69,20 +76,9 @@ def build(root: Path) -> None:
     CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size).save_pretrained(root / "dinov2")
 
 
-class TinyClip(train_clip.Clip):
-    """The recipe's `Clip`, with a tokenizer that is not CLIP's own."""
-
-    def load_processor(self):
-        return SimpleNamespace(
-            image_processor=CLIPImageProcessor.from_pretrained(self.name),
-            tokenizer=PreTrainedTokenizerFast.from_pretrained(self.name),
-            save_pretrained=lambda folder: None,
-        )
-
-
 TASKS = {
-    "clip": (TinyClip, train_clip.ClipArguments),
-    "dinov2": (train_dinov2.Classifier, train_dinov2.ClassifierArguments),
+    "clip": (train_clip, train_clip.ClipArguments),
+    "dinov2": (train_dinov2, train_dinov2.ClassifierArguments),
 }
 
 
@@ -98,4 +94,9 @@ def words(root: Path, output: Path, task: str = "clip") -> list[str]:
 
 def parse(task: str, line: list[str]) -> tuple:
     """A recipe's command line as its arguments."""
-    return common.parse_arguments([TASKS[task][1], train_clip.GatedLoraTrainingArguments], line)
+    return parse_arguments([TASKS[task][1], GatedLoraTrainingArguments], line)
+
+
+def run(task: str, line: list[str]) -> None:
+    """Run a recipe from its command line."""
+    TASKS[task][0].main(*parse(task, line))

@@ -1,6 +1,6 @@
 """How time and memory of a step grow with batch, rank, blocks and model, for LoRA and for gated LoRA.
 
-    python recipes/scaling.py --batch_size 4 --vary batch_size=1,16 lora_r=4,64 layers=6,24 model=clip-b16
+    python recipes/benchmarks/scaling.py --batch_size 4 --vary batch_size=1,16 lora_r=4,64 layers=6,24 model=clip-b16
 
 Measures the point that the arguments of `benchmark.py` describe, then others that differ from it in one argument each.
 Can be stopped and started again: points that the results file holds are not measured anew. Writes results.jsonl,
@@ -17,10 +17,10 @@ from pathlib import Path
 from benchmark import MEBIBYTE, cell, measured_rows, stated
 from benchmark_cases import BenchmarkArguments
 from benchmark_plots import growth
-from report import markdown
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from hf_gatelora.card.tables import markdown
 from hf_gatelora.records import read_earlier, write_results, write_text
 
 VARIED = {"model": str, "layers": int, "image_size": int, "batch_size": int, "lora_r": int}

@@ -1,6 +1,6 @@
 """What gates cost and save: steps, forwards, memory, optimizer state and adapters, as ratios to PEFT LoRA.
 
-    python recipes/benchmark.py --model dinov2-s --batch_size 8
+    python recipes/benchmarks/benchmark.py --model dinov2-s --batch_size 8
 
 All cases live in one process and take turns; every ratio is between two of the same turn. Weights and pixels are
 random. Seconds are those of the processor on a CPU, which other programs on the machine disturb least, and of the clock
@@ -24,11 +24,11 @@ import torch
 from benchmark_cases import INFERENCE, BenchmarkArguments, Case, new_base, now
 from benchmark_plots import step_time
 from peft import PeftModel
-from report import markdown
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import HfArgumentParser
 
+from hf_gatelora.card.tables import markdown
 from hf_gatelora.records import Results, read_results, write_results, write_text
 
 MEBIBYTE = 2**20

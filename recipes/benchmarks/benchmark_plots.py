@@ -13,7 +13,7 @@ def step_time(rows: list[dict], path: str | os.PathLike) -> None:
     """Draw the time of a training step of frozen models against their open fraction, as ratios to PEFT LoRA.
 
     Args:
-        rows: of `recipes/benchmark.py`; the methods are called `frozen@FRACTION PLACE`.
+        rows: of `recipes/benchmarks/benchmark.py`; the methods are called `frozen@FRACTION PLACE`.
         path: PNG file, written under a temporary name and then renamed.
     """
     lines: dict[str, list[dict]] = {}
