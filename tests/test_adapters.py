@@ -105,13 +105,13 @@ def test_combination_is_the_sum_of_the_changes(case, tmp_path):
     assert not config.get("rank_pattern")
 
 
-def test_one_adapter_at_weight_one_is_itself(family, tmp_path):
-    one = write(family, tmp_path / "one", r=3, lora_alpha=5)
-    combine_adapters([one], [1.0], tmp_path / "same")
-    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (one, tmp_path / "same"))
-    assert before.keys() == after.keys()
+def test_an_adapter_at_weight_one_keeps_its_values(family, tmp_path):
+    one = write(family, tmp_path / "one", r=3, lora_alpha=5, target_modules=["fc1"])
+    two = write(family, tmp_path / "two", r=3, lora_alpha=7, target_modules=["fc2"])
+    combine_adapters([one, two], [1.0, 0.5], tmp_path / "both")
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (one, tmp_path / "both"))
+    assert len(after) == 2 * len(before)
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert torch.equal(loaded(family, tmp_path / "same"), loaded(family, one))
 
 
 def test_combinations_that_are_refused(tmp_path):
@@ -125,13 +125,15 @@ def test_combinations_that_are_refused(tmp_path):
     config = json.loads((biased / "adapter_config.json").read_text())
     (biased / "adapter_config.json").write_text(json.dumps({**config, "lora_bias": True}))
     for folders, weights, output, message in (
-        ([one], [1, 1], "x", "1 adapters and 2 weights"),
-        ([one], [1], "one", "one is one of the adapters to combine"),
-        ([one], [0.5], "x", r"classifier.* comes with weights that sum to 0.5: pass the base model"),
+        ([one], [1], "x", "Give two adapters or more"),
+        ([one, one], [1], "x", "2 adapters and 1 weights"),
+        ([one, one], [1, float("nan")], "x", "finite numbers"),
+        ([other, one], [1, 1], "one", "one is the adapter's own folder"),
+        ([one, one], [0.2, 0.3], "x", r"classifier.* comes with weights that sum to 0.5: pass the base model"),
         ([other, dora], [1, 1], "x", "dora cannot be scaled: it uses DoRA"),
         ([other, biased], [1, 1], "x", "biased uses lora_bias"),
         ([other, tmp_path / "wide"], [1, 1], "x", r"mlp\.fc1\.lora_B.*on other base models"),
-        ([tmp_path / "none"], [1], "x", "none holds no readable adapter"),
+        ([tmp_path / "none", one], [1, 1], "x", "none holds no readable adapter"),
     ):
         with pytest.raises(ValueError, match=message):
             combine_adapters(folders, weights, tmp_path / output)
@@ -180,7 +182,7 @@ def test_fold_of_a_checkpoint(kind, tmp_path):
         checkpoint, output = tmp_path / name, tmp_path / f"{name}-folded"
         gates.save_folded(checkpoint)
         fold_checkpoint(checkpoint, output)
-        files = {file.name for file in output.iterdir()}
+        files = {file.name for file in output.iterdir() if not file.name.startswith(".")}
         assert files == {"adapter_config.json", "adapter_model.safetensors", "gates.json"}, (
             "the card is for who asks for one"
         )

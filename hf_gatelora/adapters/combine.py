@@ -1,5 +1,6 @@
 """Several adapters as one: a stock adapter on the union of their blocks."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..gates import lora_layers
-from .export import check_scalable, write_stock
-from .files import read_adapter
+from .export import check_scalable
+from .files import module_names, rank_axis, read_adapter
+from .outputs import check_output, write_stock
 
 # What a sum of updates B A cannot express.
 UNSUPPORTED = ("lora_bias", "target_parameters", "trainable_token_indices", "layer_replication")
@@ -20,30 +22,36 @@ def combine_adapters(
     weights: list[float],
     output: str | os.PathLike,
     base: torch.nn.Module | None = None,
+    force: bool = False,
 ) -> None:
     """Write a stock adapter whose update of the base is the weighted sum of those of several LoRA adapters.
 
-    It is on the union of their blocks. Where several adapters have a block their matrices are joined along the rank,
+    It is on the union of their blocks. The matrices of a block that several adapters have are joined along the rank,
     and all blocks are padded with zeros to the largest rank, so that the sum is exact. PEFT's own
     `add_weighted_adapter(..., combination_type="cat")` gives the same in memory, except with heads, rsLoRA and
     `exclude_modules`, which it refuses or gets wrong (seen in 0.21).
 
     Args:
-        directories: stock LoRA adapters on one base model.
+        directories: two or more stock LoRA adapters on one base model. The processor of the first that has one is kept.
         weights: one number for each, also negative.
-        output: another folder.
-        base: the base model, where adapters have heads in `modules_to_save` whose weights do not sum to 1: a head is
-            the base's plus the weighted sum of its changes.
+        output: another folder, as for `outputs.check_output`.
+        base: the base model, for adapters with heads in `modules_to_save` whose weights do not sum to 1: a head is
+            that of the base plus the weighted sum of its changes.
+        force: write to `output` even if it holds something else.
 
     Raises:
-        ValueError: where numbers and folders do not fit, an adapter cannot be read or is not plain LoRA, they name
-            different base models, have blocks or heads of different shapes, or heads and there is no base that fits.
+        ValueError: if numbers and folders do not fit, `output` may not be written to, an adapter cannot be read or is
+            not plain LoRA, they name different base models, have blocks or heads of different shapes, or have heads and
+            there is no base that fits.
     """
     directories, output = [Path(directory) for directory in directories], Path(output)
-    if not directories or len(directories) != len(weights):
+    if len(directories) < 2:
+        raise ValueError("Give two adapters or more to combine, and then the folder to write.")
+    if len(directories) != len(weights):
         raise ValueError(f"{len(directories)} adapters and {len(weights)} weights: give one weight for each adapter.")
-    if output.resolve() in [directory.resolve() for directory in directories]:
-        raise ValueError(f"{output} is one of the adapters to combine: give another folder.")
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"The weights {list(weights)} have to be finite numbers.")
+    check_output(output, "combine", directories, force)
     configs, tensors = zip(*map(read_adapter, directories), strict=True)
     for directory, config in zip(directories, configs, strict=True):
         check_scalable(config, str(directory))
@@ -52,14 +60,14 @@ def combine_adapters(
     bases = dict.fromkeys(str(config.get("base_model_name_or_path")) for config in configs)
     if len(bases) > 1:
         raise ValueError(
-            f"The adapters are on different base models, {' and '.join(bases)}. If these are copies of one, write the "
-            "same base_model_name_or_path into each adapter_config.json."
+            f"The adapters are on different base models, {' and '.join(bases)}. If these are copies of one model, "
+            "write the same base_model_name_or_path into each adapter_config.json."
         )
 
     combined: dict[str, Tensor] = {}
-    scaling = None  # that of the first block is kept for all, so that one adapter at weight 1 stays as it is
+    scaling = None  # that of the first block is kept for all, so that an adapter at weight 1 keeps its values
     for key in dict.fromkeys(key for part in tensors for key in part):
-        name, axis = lora_layers.module_of_key(key), _rank_axis(key)
+        name, axis = lora_layers.module_of_key(key), rank_axis(key)
         found = [(p[key], w, c) for p, w, c in zip(tensors, weights, configs, strict=True) if key in p]
         if len({tuple(n for i, n in enumerate(value.shape) if i != axis) for value, _, _ in found}) > 1:
             shapes = ", ".join(str(tuple(value.shape)) for value, _, _ in found)
@@ -67,40 +75,37 @@ def combine_adapters(
         if name is None:
             combined[key] = _head(key.removeprefix(lora_layers.PREFIX), [(value, w) for value, w, _ in found], base)
             continue
+        if axis is None:
+            raise ValueError(f"{key} is not a LoRA matrix: it cannot be combined.")
         scalings = [lora_layers.scaling(config, name, value.shape[axis]) for value, _, config in found]
-        scaling = scalings[0] if scaling is None else scaling
+        scaling = (scalings[0] or 1.0) if scaling is None else scaling  # of alpha 0 nothing is left anyway
         values = [value for value, _, _ in found]
         if axis == 1:
             values = [value * (w * s / scaling) for (value, w, _), s in zip(found, scalings, strict=True)]
         combined[key] = torch.cat(values, dim=axis)
 
-    axes = {key: _rank_axis(key) for key in combined if _rank_axis(key) is not None}
+    axes = {key: rank_axis(key) for key in combined if rank_axis(key) is not None}
+    if not axes:
+        raise ValueError(f"{directories[0]} and the others have no LoRA layers: there is nothing to combine.")
     rank = max(combined[key].shape[axis] for key, axis in axes.items())
     for key, axis in axes.items():
         shape = list(combined[key].shape)
         shape[axis] = rank - shape[axis]
         combined[key] = torch.cat([combined[key], combined[key].new_zeros(shape)], dim=axis)
 
-    modules = list(dict.fromkeys(map(lora_layers.module_of_key, axes)))
+    modules = module_names(axes)
     fields = lora_layers.exact_targets(modules, modules, {})
     if any(config.get("exclude_modules") for config in configs):
-        # Some name catches more than itself, and what that is only the model knows. A pattern matches in full.
+        # Some name catches more than itself, and only the model knows what. A pattern matches in full.
         fields["target_modules"] = "|".join(map(re.escape, modules))
     alpha = float(scaling * rank)
     fields |= {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "use_rslora": False}
     fields["modules_to_save"] = sorted({m for config in configs for m in config.get("modules_to_save") or []}) or None
-    write_stock(output, {**configs[0], **fields}, combined)
-
-
-def _rank_axis(key: str) -> int | None:
-    """The dimension of a tensor that is as long as the rank: 0 of A, 1 of B; None for a head."""
-    if lora_layers.module_of_key(key) is None:
-        return None
-    return 0 if key.rpartition("lora_")[2].startswith(("A", "embedding_A")) else 1
+    write_stock(output, "combine", directories, {**configs[0], **fields}, combined)
 
 
 def _head(name: str, found: list[tuple[Tensor, float]], base: torch.nn.Module | None) -> Tensor:
-    """The base's head plus the weighted sum of its changes; the base's own part cancels where the weights sum to 1."""
+    """The base's head plus the weighted sum of its changes. The base's own part cancels if the weights sum to 1."""
     total = sum(value * weight for value, weight in found)
     rest = 1 - sum(weight for _, weight in found)
     if abs(rest) < 1e-9:

@@ -1,7 +1,6 @@
-"""Writing stock adapters: of a gated model, of a checkpoint, and between base and adapter."""
+"""Stock adapters: of a gated model, of its checkpoint, and between base and adapter."""
 
 import filecmp
-import json
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,16 +8,16 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ModulesToSaveWrapper
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..gates import lora_layers
 from ..records import CARD, FRONTIER, GATE_MAP, RESULTS_FILE, STATE_FILE, SUMMARY_FILE, write_results
 from .checkpoint import RAW
-from .files import read_adapter, read_rows, read_summary, replace_files
-
-MODEL_CONFIG = "config.json"
+from .files import module_names, rank_axis, read_adapter, read_rows, read_summary, replace_files, summary_text
+from .names import lowest_transformers
+from .outputs import check_output, write_stock
 
 
 def write_adapter(
@@ -40,8 +39,8 @@ def write_adapter(
     Args:
         factors: gate value by LoRA module name.
         state, summary: contents of `gatelora_state.safetensors` and of `gates.json`.
-        state_dict: the model's gathered state dict, where the model itself is sharded.
-        results: contents of `results.jsonl`; without them one that lies there stays only beside the same weights.
+        state_dict: the model's gathered state dict, if the model itself is sharded.
+        results: contents of `results.jsonl`. None keeps the file that is there if the weights are still the same.
         kwargs: for `PeftModel.save_pretrained`.
     """
     weights = dict(model.state_dict() if state_dict is None else state_dict)
@@ -53,14 +52,15 @@ def write_adapter(
             weights[key] = weights[key] * factor
 
     directory = Path(directory)
-    # Of the weight files, one may be of an earlier save in the other format; a gate map is of an earlier state.
+    needed = lowest_transformers(model.config, [name for name, factor in factors.items() if factor])
+    # One weight file may be of an earlier save in the other format, and a gate map is of an earlier state.
     stale = {SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, GATE_MAP}
 
     def write(temporary: Path) -> None:
         PeftModel.save_pretrained(model, temporary, selected_adapters=[adapter_name], state_dict=weights, **kwargs)
         folder = temporary / ("" if adapter_name == "default" else adapter_name)
         save_file(state, folder / STATE_FILE)
-        (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
+        (folder / SUMMARY_FILE).write_text(summary_text({**summary, "transformers": needed}), encoding="utf-8")
         if results:
             write_results(results, folder / RESULTS_FILE)
         elif not _same(folder / SAFETENSORS_WEIGHTS_NAME, directory / SAFETENSORS_WEIGHTS_NAME):
@@ -78,7 +78,7 @@ def _same(one: Path, other: Path) -> bool:
 def scaled(model: PeftModel, scale: float):
     """Within this context the model lies between its base (scale 0) and its adapter (1): WiSE-FT (arXiv 2109.01903).
 
-    The LoRA update is scaled; heads in `modules_to_save` are interpolated with those of the base.
+    The LoRA update is scaled, and heads in `modules_to_save` are interpolated with those of the base.
     """
     heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
     pairs = [
@@ -101,14 +101,14 @@ def scaled(model: PeftModel, scale: float):
 
 
 def check_scalable(config: dict, source: str) -> None:
-    """Check that an adapter is the base at scale 0, and in between at every other.
+    """Check that scaling an adapter to 0 gives the base.
 
     Args:
         config: contents of its `adapter_config.json`.
-        source: names it in the message.
+        source: how the message calls it.
 
     Raises:
-        ValueError: where it is no plain LoRA: DoRA, trained biases, an initialisation that changed the base weights.
+        ValueError: if it is not plain LoRA: DoRA, trained biases, an initialisation that changed the base weights.
     """
     reasons = {
         f"peft_type is {config.get('peft_type')}": config.get("peft_type") != "LORA",
@@ -125,99 +125,78 @@ def check_scalable(config: dict, source: str) -> None:
 
 
 def scale_adapter(
-    directory: str | os.PathLike, scale: float, output: str | os.PathLike, base: torch.nn.Module | None = None
+    directory: str | os.PathLike,
+    scale: float,
+    output: str | os.PathLike,
+    base: torch.nn.Module | None = None,
+    force: bool = False,
 ) -> None:
     """Write a copy of a LoRA adapter that lies between the base and it, as `scaled` (WiSE-FT).
 
     Args:
         directory: a stock LoRA adapter, for instance one that this package wrote.
         scale: 0 gives the base, 1 the adapter.
-        output: another folder. What resuming needs is not written there.
-        base: the base model, where the adapter has heads in `modules_to_save`: theirs are interpolated with its.
+        output: another folder, as for `outputs.check_output`. What resuming needs is not written there.
+        base: the base model, for an adapter with heads in `modules_to_save`: they are interpolated with those of it.
+        force: write to `output` even if it holds something else.
 
     Raises:
-        ValueError: where the scale is out of range, the folders are the same, no LoRA adapter is found, it is not plain
-            LoRA (`check_scalable`), or it has heads and there is no base that fits.
+        ValueError: if the scale is out of range, `output` may not be written to, no LoRA adapter is found, it is not
+            plain LoRA (`check_scalable`), or it has heads and there is no base that fits.
     """
     directory, output = Path(directory), Path(output)
     if not 0 <= scale <= 1:
         raise ValueError(f"scale={scale} is out of range: it must be a number in [0, 1].")
-    _check_other(directory, output)
+    check_output(output, "wise", [directory], force)
     config, weights = read_adapter(directory)
     check_scalable(config, str(directory))
     heads = base.state_dict() if base is not None else {}
     for key, value in weights.items():
-        if "lora_B" in key or "lora_embedding_B" in key:
+        if rank_axis(key) == 1:
             weights[key] = value * scale
-        elif "lora_" not in key:
+        elif lora_layers.module_of_key(key) is None:
             name = key.removeprefix(lora_layers.PREFIX)
             if name not in heads or heads[name].shape != value.shape:
                 raise ValueError(
                     f"{directory} also has {name} of shape {tuple(value.shape)}: pass the base model whose head it "
                     "replaces (--model), so that the two can be interpolated."
                 )
-            weights[key] = torch.lerp(heads[name].to(value), value, scale)
+            if value.is_floating_point():  # a head may also count its batches
+                weights[key] = torch.lerp(heads[name].to(value), value, scale)
     summary = read_summary(directory)
-    rows = [row for row in read_rows(directory) if row.get("method") == "base" or row.get("wise") == scale]
+    rows = [row for row in read_rows(directory) if row["method"] == "base" or row.get("wise") == scale]
     measured = any("wise" in row for row in rows)
     rows = [{key: value for key, value in row.items() if key != "wise"} for row in rows] if measured else None
-    write_stock(output, config, weights, summary and {**summary, "scale": scale}, rows)
+    write_stock(output, "wise", [directory], config, weights, summary and {**summary, "scale": scale}, rows)
 
 
-def fold_checkpoint(directory: str | os.PathLike, output: str | os.PathLike) -> None:
+def fold_checkpoint(directory: str | os.PathLike, output: str | os.PathLike, force: bool = False) -> None:
     """Write a checkpoint as a stock adapter with the blocks that its gates left open, and nothing to resume from.
 
     The gates keep the values that they had: before the freeze this is the model of that moment, and its budget is not
-    applied. With all gates closed one block is kept, with B = 0, because PEFT knows no adapter without layers.
+    applied. If all gates are closed one block is kept, with B = 0, because PEFT knows no adapter without layers.
 
     Args:
         directory: a checkpoint or adapter that this package wrote.
-        output: another folder.
+        output: another folder, as for `outputs.check_output`.
+        force: write to `output` even if it holds something else.
 
     Raises:
-        ValueError: where the folders are the same, or `directory` is no adapter or has no `gates.json`.
+        ValueError: if `output` may not be written to, or `directory` holds no adapter or no `gates.json`.
     """
     directory, output = Path(directory), Path(output)
-    _check_other(directory, output)
-    config, weights = read_adapter(directory)
     summary = read_summary(directory)
     if summary is None:
         raise ValueError(f"{directory} was not written by gated LoRA (no {SUMMARY_FILE}): there is nothing to fold.")
-    adapted = list(dict.fromkeys(filter(None, map(lora_layers.module_of_key, weights))))
+    check_output(output, "fold", [directory], force)
+    config, weights = read_adapter(directory)
+    adapted = module_names(weights)
     closed = {module for block in summary["blocks"] if block["gate"] == 0 for module in block["modules"]}
     kept = [name for name in adapted if name not in closed] or adapted[:1]
-    weights = {key: value for key, value in weights.items() if lora_layers.module_of_key(key) in (None, *kept)}
+    if not kept:
+        raise ValueError(f"{directory} is a {config['peft_type']} adapter without LoRA layers: it cannot be folded.")
+    names = {None, *kept}
+    weights = {key: value for key, value in weights.items() if lora_layers.module_of_key(key) in names}
     if len(kept) < len(adapted):
         config |= lora_layers.exact_targets(kept, adapted, config)
-    write_stock(output, config, weights, summary, read_rows(directory))
-
-
-def write_stock(
-    output: Path,
-    config: dict,
-    weights: dict[str, Tensor],
-    summary: dict | None = None,
-    rows: list[dict] | None = None,
-) -> None:
-    """Write a stock adapter; `gates.json` and `results.jsonl` where there are contents for them.
-
-    Raises:
-        ValueError: where `output` holds a model, on top of which transformers would load the adapter.
-    """
-    if (output / MODEL_CONFIG).is_file():
-        raise ValueError(f"{output} holds a model, on top of which the adapter would be loaded: give another folder.")
-
-    def write(folder: Path) -> None:
-        save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True))
-        if summary is not None:
-            (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n")
-        if rows:
-            write_results(rows, folder / RESULTS_FILE)
-
-    replace_files(output, write, {STATE_FILE, SUMMARY_FILE, WEIGHTS_NAME, RESULTS_FILE, GATE_MAP, FRONTIER})
-
-
-def _check_other(directory: Path, output: Path) -> None:
-    if directory.resolve() == output.resolve():
-        raise ValueError(f"{output} is the adapter's own folder: give another one, the adapter stays as it is.")
+    write_stock(output, "fold", [directory], config, weights, summary, read_rows(directory))

@@ -1,8 +1,8 @@
-"""What lies in an adapter's folder: its blocks, ranks and sizes, and what two adapters have in common."""
+"""What an adapter's folder holds: its blocks, ranks and sizes, and what two adapters have in common."""
 
-import json
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,35 +13,42 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..gates import lora_layers
 from ..records import RESULTS_FILE, SUMMARY_FILE
-from .files import read_shapes
+from .files import (
+    PROCESSOR_FILES,
+    module_names,
+    rank_axis,
+    read_config,
+    read_shapes,
+    read_summary,
+    shortened,
+    without_patterns,
+)
 
-# Of a repository with an adapter, what its inspection, evaluation and merging need.
-NEEDED = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, SUMMARY_FILE, RESULTS_FILE, "*processor*.json")
-NEEDED += ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
+# The files of an adapter's repository that inspecting, evaluating and merging it need.
+NEEDED = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, SUMMARY_FILE, RESULTS_FILE, *PROCESSOR_FILES]
 
 
 def find_adapter(source: str | os.PathLike) -> Path:
     """The folder of an adapter.
 
     Args:
-        source: a folder, or a Hub id, whose adapter files are then downloaded.
+        source: a folder, or a Hub id whose adapter files are then downloaded.
 
     Raises:
-        ValueError: where there is no adapter.
+        ValueError: if there is no adapter.
     """
     folder = Path(source)
     if not folder.exists() and str(source).count("/") <= 1:
         try:
-            folder = Path(snapshot_download(str(source), allow_patterns=[*NEEDED], ignore_patterns=["*/*"]))
+            folder = Path(snapshot_download(str(source), allow_patterns=NEEDED, ignore_patterns=["*/*"]))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-            reason = " ".join([line for line in str(error).splitlines() if line.strip()][:2])
             raise ValueError(
-                f"{source} is no folder, and as a repository on the Hub it cannot be had: {reason}"
+                f"{source} is not a local folder and could not be downloaded from the Hub: {shortened(error)}"
             ) from error
     if not (folder / CONFIG_NAME).is_file():
         inner = sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_NAME}"))
         hint = f" There is one in {', '.join(inner)}." if inner else ""
-        what = "no such folder" if not folder.exists() else f"no adapter is there ({CONFIG_NAME} is missing)"
+        what = "no such folder" if not folder.exists() else f"it holds no adapter ({CONFIG_NAME} is missing)"
         raise ValueError(f"{source}: {what}.{hint}")
     return folder
 
@@ -51,11 +58,11 @@ class Adapter:
     """What an adapter's files say.
 
     Attributes:
-        folder: where they lie.
-        config: contents of `adapter_config.json`.
-        shapes: of each tensor in the weight file, by its key.
+        folder: where they are.
+        config: contents of `adapter_config.json`, as `files.without_patterns`.
+        shapes: shape of each tensor in the weight file, by its key.
         bytes: size of the weight file.
-        summary: contents of `gates.json`; None where the adapter was not gated.
+        summary: contents of `gates.json`; None if the adapter was not gated.
         modules: parameters and rank of each LoRA module, by its name in the base model, in model order.
     """
 
@@ -72,26 +79,42 @@ class Adapter:
             if name is not None:
                 entry = self.modules.setdefault(name, {"parameters": 0, "rank": 0})
                 entry["parameters"] += math.prod(self.shapes[key])
-                if ".lora_A." in key or key.endswith("lora_embedding_A"):
+                if rank_axis(key) == 0:
                     entry["rank"] = self.shapes[key][0]
-        if self.summary is not None:  # which knows the order of the model
+        if self.summary is not None:  # it knows the order of the model
             order = [module for block in self.summary["blocks"] for module in block["modules"]]
             places = {name: place for place, name in enumerate(order)}
             self.modules = dict(sorted(self.modules.items(), key=lambda item: places.get(item[0], len(places))))
 
     @property
     def heads(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of what the adapter holds beside LoRA, by name in the base model."""
+        """Shapes of the tensors that are not of LoRA blocks, by their name in the base model."""
         return {
             key.removeprefix(lora_layers.PREFIX): shape
             for key, shape in self.shapes.items()
             if lora_layers.module_of_key(key) is None
         }
 
-    def report(self) -> dict:
-        """What there is to say, as plain JSON types.
+    def base(self, model: str | os.PathLike | None = None) -> tuple[str, dict[str, str]]:
+        """Where the base model is, and what `from_pretrained` needs to load the revision that was trained on.
 
-        `open` and `gates` count blocks, `gates` None where the adapter was not gated; `towers` has the same by tower.
+        Args:
+            model: folder or Hub id to take in place of the base model that the adapter names.
+
+        Raises:
+            ValueError: if neither says where it is.
+        """
+        if model is not None:
+            return str(model), {}
+        if not (name := self.config.get("base_model_name_or_path")):
+            raise ValueError(f"{self.folder / CONFIG_NAME}: base_model_name_or_path is empty: give the base model.")
+        revision = self.config.get("revision")
+        return name, {"revision": revision} if revision else {}
+
+    def report(self) -> dict:
+        """The files' contents as plain JSON types.
+
+        `open` and `gates` count blocks; `gates` is None if the adapter was not gated. `towers` has both by tower.
         """
         if self.summary is not None:
             counted = {key: self.summary[key] for key in ("open", "gates", "towers")}
@@ -118,32 +141,26 @@ class Adapter:
 
 
 def inspect_adapter(source: str | os.PathLike) -> Adapter:
-    """Read an adapter's files; of the weights only their shapes.
+    """Read an adapter's files, and only the shapes of its weights.
 
     Args:
-        source: as for `find_adapter`. Any PEFT adapter will do; `modules` is empty where it is not LoRA.
+        source: as for `find_adapter`. Any PEFT adapter will do; `modules` is empty if it is not LoRA.
 
     Raises:
-        ValueError: where a file is missing or cannot be read.
+        ValueError: if a file is missing or cannot be read.
     """
     folder = find_adapter(source)
-    shapes, size = read_shapes(folder)
-    summary = None
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text())
-        if (folder / SUMMARY_FILE).is_file():
-            summary = json.loads((folder / SUMMARY_FILE).read_text())
-        return Adapter(folder, config, shapes, size, summary)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: {CONFIG_NAME} or {SUMMARY_FILE} cannot be read ({error!r}).") from error
+    config, (shapes, size) = read_config(folder), read_shapes(folder)
+    config = without_patterns(config, module_names(shapes), folder)
+    return Adapter(folder, config, shapes, size, read_summary(folder))
 
 
 def overlap(first: Adapter, second: Adapter) -> dict:
-    """Which modules two adapters change: both of them, or one alone; in all and by tower.
+    """Which modules both of two adapters change, and which only one of them.
 
     Returns:
-        `both`, `only_first`, `only_second`: module names; `share`: those of both in all of either; `towers`: the three
-        counts by tower; `same_base`: whether both name the same base model.
+        `both`, `only_first`, `only_second`: module names; `share`: the part of all these modules that both change;
+        `towers`: the three counts by tower; `same_base`: whether both name the same base model.
     """
     names = {
         "both": [name for name in first.modules if name in second.modules],
@@ -162,11 +179,11 @@ def overlap(first: Adapter, second: Adapter) -> dict:
 
 
 class Grid(NamedTuple):
-    """The modules of a tower as layers by names."""
+    """The modules of a tower, arranged as layers by names."""
 
     tower: str
     layers: list[str]  # the numbers in the modules' names, joined by points; "" for a module outside of layers
-    columns: list[str]  # the end of the modules' names, as short as still tells them apart
+    columns: list[str]  # the shortest ends of the modules' names that differ
     cells: dict[tuple[str, str], str]  # module name by layer and column
 
 
@@ -175,25 +192,22 @@ def grids(modules: list[str]) -> list[Grid]:
     towers: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {}
     for name in modules:
         parts = name.split(".")
-        layer = ".".join(part for part in parts if part.isdigit())
-        words = tuple(part for part in parts[1:] if not part.isdigit()) or (parts[0],)
+        layer = ".".join(part for part in parts if part.isdecimal())
+        words = tuple(part for part in parts[1:] if not part.isdecimal()) or (parts[0],)
         towers.setdefault(parts[0], {})[name] = layer, words
     found = []
     for tower, places in towers.items():
         kinds = dict.fromkeys(words for _, words in places.values())
-        short = {kind: _shortest(kind, list(kinds)) for kind in kinds}
+        ends = Counter(kind[-n:] for kind in kinds for n in range(1, len(kind) + 1))
+        short = {
+            kind: ".".join(next((kind[-n:] for n in range(1, len(kind)) if ends[kind[-n:]] == 1), kind))
+            for kind in kinds
+        }
         cells = {(layer, short[words]): name for name, (layer, words) in places.items()}
         layers = sorted(dict.fromkeys(layer for layer, _ in cells), key=_natural)
         found.append(Grid(tower, layers, list(short.values()), cells))
     return found
 
 
-def _shortest(kind: tuple[str, ...], kinds: list[tuple[str, ...]]) -> str:
-    length = 1
-    while length < len(kind) and sum(other[-length:] == kind[-length:] for other in kinds) > 1:
-        length += 1
-    return ".".join(kind[-length:])
-
-
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    return [(not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in name.split(".")]
+    return [(not p.isdecimal(), int(p) if p.isdecimal() else 0, p) for p in name.split(".")]

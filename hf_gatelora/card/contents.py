@@ -11,23 +11,19 @@ from pathlib import Path
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft.utils import CONFIG_NAME
 
-from ..adapters.files import read_shapes
+from ..adapters.files import read_config, read_rows, read_shapes, read_summary
 from ..config import GateConfig
 from ..evaluation.results import way_of
 from ..records import (
     FRONTIER,
     GATE_MAP,
     KNN_TOP1,
-    RESULTS_FILE,
-    SUMMARY_FILE,
     TITLES,
     TOP1,
     TRAINED,
     metric_of,
     primary_rows,
-    read_results,
     without_paths,
 )
 from . import tables
@@ -92,18 +88,17 @@ class AdapterCard:
         """
         directory = Path(directory)
         try:
-            config = json.loads((directory / CONFIG_NAME).read_text())
+            config = read_config(directory)
             shapes, file_bytes = read_shapes(directory)
         except (OSError, ValueError) as error:
             raise ValueError(f"{directory} holds no readable adapter ({error}). Save one there first.") from error
         try:
-            summary = json.loads(file.read_text()) if (file := directory / SUMMARY_FILE).is_file() else {}
-            rows = read_results(file) if (file := directory / RESULTS_FILE).is_file() else []
-            rows = _rows_of_adapter(rows, directory)
+            summary = read_summary(directory) or {}
+            rows = _rows_of_adapter(read_rows(directory), directory)
             if summary.get("phase") == "consolidate":  # measured with all blocks: that is not this adapter
                 rows = [row for row in rows if row.get("frozen", True)]
         except ValueError as error:
-            raise ValueError(f"{file} cannot be read for the model card: {error}") from error
+            raise ValueError(f"The model card of {directory} cannot be written: {error}") from error
         trained_on = [row["dataset"] for row in rows if "dataset" in row and (row["role"], row["data"]) == TRAINED]
         found = {
             "name": _title(config, rows, bool(summary)) or directory.absolute().name,

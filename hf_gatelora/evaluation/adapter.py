@@ -121,6 +121,7 @@ def evaluate_adapter(
         raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     if output is not None:
         read_earlier(output)
+        read_rows(output)
     found = inspect_adapter(adapter)
     if scales:
         check_scalable(found.config, str(found.folder))
@@ -142,7 +143,7 @@ def evaluate_adapter(
         arguments["retrieval"] = retrieval
     else:
         k, temperature = k or run.get("k", 20), temperature or run.get("temperature", 0.07)
-    published = None if is_clip else _published_head(base, new_head, name)
+    published = None if is_clip else _published_head(base, new_head, *found.base(model))
     # The published head is not the one that another head's training started from.
     headless = not is_clip and (new_head or model is None) and _brought_head(found, base)
     if scales and headless:
@@ -151,7 +152,7 @@ def evaluate_adapter(
             "Give a copy of the base that has it as model."
         )
     tuned = load_adapted(base, found).to(device)
-    processor = load_processor(AutoImageProcessor, found.folder, name)
+    processor = load_processor(AutoImageProcessor, found, model)
     if processor is None:
         raise ValueError(f"Neither {found.folder} nor {name} has an image processor that transformers can load.")
 
@@ -183,7 +184,7 @@ def evaluate_adapter(
         raise ValueError(f"The bank {unknown[0]!r} belongs to no set: there are {', '.join(names)}.")
     if is_clip:
         suite: Suite = ClipSuite(
-            sets=sets, batch_size=batch_size, tokenize=_tokenizer(found, name), templates=templates
+            sets=sets, batch_size=batch_size, tokenize=_tokenizer(found, model), templates=templates
         )
     else:
         knn = {"k": k, "temperature": temperature}
@@ -242,18 +243,20 @@ def _brought_head(found: Adapter, base: PreTrainedModel) -> bool:
     return name is not None and any(key.startswith(f"{name}.") for key in found.heads)
 
 
-def _published_head(base: PreTrainedModel, new_head: bool, name: str) -> tuple[nn.Module | None, dict[int, str]]:
+def _published_head(
+    base: PreTrainedModel, new_head: bool, name: str, source: dict
+) -> tuple[nn.Module | None, dict[int, str]]:
     """The head that the base was published with, on the CPU (None if it had none), and the names of its classes."""
     if new_head:
-        published, random = load_reporting(type(base), name)
+        published, random = load_reporting(type(base), name, **source)
         return (None, {}) if random else (split_classifier(published)[2], published.config.id2label)
     return copy.deepcopy(split_classifier(base)[2]), base.config.id2label
 
 
-def _tokenizer(found: Adapter, name: str) -> Callable[[list[str]], dict[str, torch.Tensor]]:
-    tokenizer = load_processor(AutoTokenizer, found.folder, name)
+def _tokenizer(found: Adapter, model: str | os.PathLike | None) -> Callable[[list[str]], dict[str, torch.Tensor]]:
+    tokenizer = load_processor(AutoTokenizer, found, model)
     if tokenizer is None:
-        raise ValueError(f"Neither {found.folder} nor {name} has a tokenizer that transformers can load.")
+        raise ValueError(f"Neither {found.folder} nor its base has a tokenizer that transformers can load.")
 
     def tokenize(texts: list[str]) -> dict[str, torch.Tensor]:
         encoded = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
