@@ -1,16 +1,27 @@
-"""Several adapters on one base: switching with stock PEFT, combining, what they have in common; folded checkpoints."""
+"""Adapters as files: combining, folding, merging, overlap; where they are written, and what travels with them."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from huggingface_hub import constants
 from models import FAMILIES, lora_config, outputs_of, randomize
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoProcessor,
+    CLIPImageProcessor,
+    CLIPModel,
+    Dinov2ForImageClassification,
+)
 
 from hf_gatelora import GateConfig, attach_gates
+from hf_gatelora.adapters.bases import load_base, merge_adapter
 from hf_gatelora.adapters.combine import combine_adapters
-from hf_gatelora.adapters.export import fold_checkpoint
+from hf_gatelora.adapters.export import fold_checkpoint, scale_adapter
 from hf_gatelora.adapters.inspection import grids, inspect_adapter, overlap
 
 CLIP, DINO = FAMILIES["clip"], FAMILIES["dinov2"]
@@ -203,3 +214,214 @@ def test_fold_of_a_checkpoint_with_all_closed(tmp_path):
     fold_checkpoint(tmp_path / "checkpoint", tmp_path / "folded")
     assert len(inspect_adapter(tmp_path / "folded").modules) == 1
     assert torch.equal(loaded(CLIP, tmp_path / "folded"), outputs_of(CLIP, CLIP["model"]()))
+
+
+def on_world(world, folder, kind="model", changes=None, **settings):
+    """A gated adapter of one of the world's base models."""
+    base = (CLIPModel if kind == "model" else Dinov2ForImageClassification).from_pretrained(world / kind)
+    model = get_peft_model(base, lora_config(base, **settings))
+    gates = attach_gates(model, GateConfig(target_active=0.5))
+    randomize(model)
+    gates.freeze()
+    gates.save_folded(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | (changes or {})))
+    return folder
+
+
+# What writes to a folder: from an adapter, and a second one that only a combination reads.
+WRITERS = {
+    "fold": lambda one, two, output, **force: fold_checkpoint(one, output, **force),
+    "wise": lambda one, two, output, **force: scale_adapter(one, 0.5, output, **force),
+    "combine": lambda one, two, output, **force: combine_adapters([one, two], [1, 1], output, **force),
+    "merge": lambda one, two, output, **force: merge_adapter(inspect_adapter(one), output, **force),
+}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_nothing_of_others_is_overwritten(command, world, tmp_path):
+    one, two, write = on_world(world, tmp_path / "one"), on_world(world, tmp_path / "two"), WRITERS[command]
+    other, output = on_world(world, tmp_path / "other"), tmp_path / "output"
+    shutil.copytree(world / "model", tmp_path / "model")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").write_text("mine")
+    for place, what in ((other, "an adapter"), (tmp_path / "model", "a model"), (tmp_path / "notes", "notes.txt")):
+        before = contents(place)
+        with pytest.raises(ValueError, match=rf"holds {what} that `{command}` did not write from .*one.*--force"):
+            write(one, two, place)
+        assert contents(place) == before
+    with pytest.raises(ValueError, match="own folder"):
+        write(one, two, one, force=True)
+
+    write(one, two, output)
+    first = contents(output)
+    write(one, two, output)  # its own
+    assert contents(output).keys() == first.keys()
+    with pytest.raises(ValueError, match="did not write from"):
+        write(other, two, output)
+    weights = next(file for file in output.glob("*.safetensors"))
+    save_file(load_file(weights), weights)
+    with pytest.raises(ValueError, match="was changed since"):
+        write(one, two, output)
+
+    (other / "results.jsonl").write_text("")
+    write(one, two, other, force=True)
+    write(one, two, tmp_path / "model", force=True)
+    for place in (other, tmp_path / "model"):
+        assert contents(place).keys() - {"README.md"} == first.keys(), "nothing is left of what was there"
+    write(one, two, tmp_path / "notes", force=True)
+    assert (tmp_path / "notes" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["save", *WRITERS])
+def test_links_and_temporary_names(command, world, tmp_path):
+    one, two, output = on_world(world, tmp_path / "one"), on_world(world, tmp_path / "two"), tmp_path / "output"
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    output.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "gates.json", "model.safetensors", "config.json"):
+        (output / name).symlink_to(outside)
+    for name in (".README.md.tmp", ".tmp-adapter-link", ".gates.json.tmp", ".gatelora_written"):
+        (output / name).symlink_to(outside)
+    (output / ".tmp-adapter-x").write_text("a file")
+    (output / ".tmp-adapter-y").mkdir()
+    (output / ".tmp-adapter-y" / "adapter_config.json").write_text("of another process that saves")
+    if command == "save":
+        on_world(world, output)
+    else:
+        WRITERS[command](one, two, output, force=True)
+    assert outside.read_text() == "mine"
+    assert (output / ".tmp-adapter-x").read_text() == "a file"
+    assert (output / ".tmp-adapter-y" / "adapter_config.json").exists()
+    assert (output / ("config.json" if command == "merge" else "adapter_config.json")).stat().st_size > 100
+    assert not (output / ("model.safetensors" if command == "merge" else "adapter_model.safetensors")).is_symlink()
+    assert {path.name for path in output.glob(".tmp-*")} == {".tmp-adapter-link", ".tmp-adapter-x", ".tmp-adapter-y"}
+
+
+def test_the_processor_travels(world, tmp_path, caplog):
+    """The adapter's own image processor is another one than that of the base, which also has a tokenizer."""
+    one, two = on_world(world, tmp_path / "one"), on_world(world, tmp_path / "two")
+    CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3], size={"height": 16, "width": 16}).save_pretrained(one)
+    for command, write in WRITERS.items():
+        write(one, two, tmp_path / command)
+        assert list(AutoImageProcessor.from_pretrained(tmp_path / command).image_mean) == [0.1, 0.2, 0.3], command
+    merged, base = (AutoProcessor.from_pretrained(folder) for folder in (tmp_path / "merge", world / "model"))
+    assert merged.tokenizer("a red square")["input_ids"] == base.tokenizer("a red square")["input_ids"]
+    merge_adapter(inspect_adapter(two), tmp_path / "plain")
+    assert AutoImageProcessor.from_pretrained(tmp_path / "plain").image_mean == base.image_processor.image_mean
+    assert "different processors" not in caplog.text
+
+    shutil.copy(world / "model" / "preprocessor_config.json", two)
+    combine_adapters([one, two], [1, 1], tmp_path / "both")
+    assert f"different processors: that of {one} is kept" in caplog.text
+    (two / "preprocessor_config.json").unlink()
+    (two / "tokenizer.json").symlink_to(world / "model" / "tokenizer.json")
+    fold_checkpoint(two, tmp_path / "linked")
+    assert not (tmp_path / "linked" / "tokenizer.json").exists()
+    assert "tokenizer.json is a link and is not copied" in caplog.text
+
+
+def test_merge_takes_the_revision_that_was_trained_on(world, tmp_path, monkeypatch):
+    cached = tmp_path / "models--user--clip"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("new")
+    for revision in ("old", "new"):
+        shutil.copytree(world / "model", cached / "snapshots" / revision)
+    weights = load_file(world / "model" / "model.safetensors")
+    changed = {key: value * 2 for key, value in weights.items()}
+    save_file(changed, cached / "snapshots" / "new" / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    adapter = on_world(world, tmp_path / "adapter", changes={"base_model_name_or_path": "user/clip", "revision": "old"})
+    found, _ = load_base(inspect_adapter(adapter))
+    key = "visual_projection.weight"
+    assert torch.equal(found.state_dict()[key], weights[key])
+    merge_adapter(inspect_adapter(adapter), tmp_path / "merged")
+    assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")[key], weights[key])
+    merge_adapter(inspect_adapter(adapter), tmp_path / "given", model="user/clip")  # as a user says, who means main
+    assert torch.equal(load_file(tmp_path / "given" / "model.safetensors")[key], changed[key])
+
+
+def test_the_release_that_has_the_names(world, tmp_path):
+    dino = on_world(world, tmp_path / "dino", "dinov2", target_modules=["q_proj", "fc1"])
+    mlp = on_world(world, tmp_path / "mlp", "dinov2", target_modules=["fc1"])
+    clip = on_world(world, tmp_path / "clip")
+    found = [json.loads((folder / "gates.json").read_text())["transformers"] for folder in (dino, mlp, clip)]
+    assert found[1:] == [None, None]
+    modules = inspect_adapter(dino).modules
+    assert found[0] == ("5.18.0" if any("q_proj" in name for name in modules) else None)
+
+    def renamed(old, new, needed):
+        weights = load_file(dino / "adapter_model.safetensors")
+        save_file({k.replace(old, new): v for k, v in weights.items()}, dino / "adapter_model.safetensors")
+        summary = json.loads((dino / "gates.json").read_text())
+        (dino / "gates.json").write_text(json.dumps(summary | {"transformers": needed}))
+
+    renamed("fc1", "first", "99.1.0")
+    with pytest.raises(ValueError, match=r"no .*first.* since transformers 99\.1\.0, and .* is installed: upgrade"):
+        merge_adapter(inspect_adapter(dino), tmp_path / "merged")
+    renamed("first", "query", None)
+    with pytest.raises(ValueError, match=r"no .*query.*: transformers 5\.18\.0 renamed the layers of dinov2"):
+        merge_adapter(inspect_adapter(dino), tmp_path / "merged")
+    renamed("query", "other", None)
+    with pytest.raises(ValueError, match="give the base model that it was trained on"):
+        merge_adapter(inspect_adapter(dino), tmp_path / "merged")
+
+
+def test_what_is_not_finite(world, tmp_path):
+    adapter = on_world(world, tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({key: value * 1e6 for key, value in weights.items()}, file)
+    with pytest.raises(ValueError, match=r"is not finite in torch\.float16: give another --dtype"):
+        merge_adapter(inspect_adapter(adapter), tmp_path / "merged", dtype=torch.float16)
+    save_file({key: value * float("nan") for key, value in weights.items()}, file)
+    for write in WRITERS.values():
+        with pytest.raises(ValueError, match="weights are not finite"):
+            write(adapter, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+    model = get_peft_model(CLIP["model"](), lora_config(CLIP["model"]()))
+    gates = attach_gates(model)
+    with torch.no_grad():
+        for parameter, value in zip(gates.score_group()["params"][::17], (float("nan"), float("inf")), strict=True):
+            parameter.fill_(value)
+    gates.step(0.01)
+    gates.save_folded(tmp_path / "scores")
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    summary = json.loads((tmp_path / "scores" / "gates.json").read_text(), parse_constant=refuse)
+    assert [block["score"] for block in summary["blocks"]][::17] == [None, None]
+    assert inspect_adapter(tmp_path / "scores").summary["gates"] == 18
+
+
+def test_merge_keeps_the_order_of_the_classes_that_the_base_knows(world, tmp_path):
+    """Of more than ten classes, earlier versions wrote the names in the order of their numbers as strings."""
+    names = [f"class {i}" for i in range(12)]
+    base = Dinov2ForImageClassification.from_pretrained(world / "dinov2", num_labels=12, ignore_mismatched_sizes=True)
+    base.config.id2label = dict(enumerate(names))
+    base.save_pretrained(tmp_path / "base")
+    base = Dinov2ForImageClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, lora_config(base, modules_to_save=["classifier"]))
+    attach_gates(model, GateConfig(target_active=0.2)).save_folded(tmp_path / "adapter")
+    summary = json.loads((tmp_path / "adapter" / "gates.json").read_text())
+    summary["base_model"]["classes"] = sorted(names)
+    (tmp_path / "adapter" / "gates.json").write_text(json.dumps(summary))
+    merge_adapter(inspect_adapter(tmp_path / "adapter"), tmp_path / "merged")
+    config = AutoModelForImageClassification.from_pretrained(tmp_path / "merged").config
+    assert [config.id2label[i] for i in range(12)] == names
+
+
+def test_patterns_of_a_file_are_matched_as_peft_does(tmp_path):
+    """Ranks and alphas by regular expressions that PEFT itself would match, here into names."""
+    patterns = {"rank_pattern": {r".*layers\.[01]\.mlp\.fc2": 2}, "alpha_pattern": {r"(q|k)_proj": 16, "text.*": 1}}
+    one = write(CLIP, tmp_path / "one", **patterns)
+    found = inspect_adapter(one)
+    assert any("text_model" in key and value == 1 for key, value in found.config["alpha_pattern"].items())
+    combine_adapters([one, one], [0.5, 0.5], tmp_path / "same")
+    torch.testing.assert_close(loaded(CLIP, tmp_path / "same"), loaded(CLIP, one), atol=1e-5, rtol=1e-5)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import init_empty_weights
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
@@ -31,7 +30,7 @@ from .inspection import Adapter
 from .names import explain_renamed
 from .outputs import check_output, write_output
 
-MOST_LAYERS = 1_000  # of a base model: more would only be built from a damaged config
+MOST_LAYERS, MOST_PARAMETERS = 1_000, 10**12  # of a base model: more can only come from a damaged config
 # The files of an adapter's folder from which each of these is loaded.
 PARTS = {AutoImageProcessor: IMAGE_FILES, AutoTokenizer: TOKENIZER_FILES, AutoProcessor: PROCESSOR_FILES}
 logger = logging.getLogger(__name__)
@@ -79,8 +78,11 @@ def empty_model(config: PreTrainedConfig, adapter: dict | None = None) -> PreTra
     """
     kind = model_class(config, adapter)
     try:
-        with init_empty_weights():
-            return kind.from_config(config, trust_remote_code=False) if kind is AutoModel else kind(config)
+        with torch.device("meta"):
+            model = kind.from_config(config, trust_remote_code=False) if kind is AutoModel else kind(config)
+        if (count := sum(p.numel() for p in model.parameters())) > MOST_PARAMETERS:
+            raise ValueError(f"it would have {count:,} parameters")
+        return model
     except Exception as error:  # of a size that is zero, negative or a string
         name = config.name_or_path or config.model_type
         raise ValueError(f"The config of {name} does not describe a {kind.__name__}: {shortened(error)}") from error
@@ -132,8 +134,12 @@ def load_base(
             biases.
     """
     name, source = adapter.base(model)
-    if not adapter.modules:
-        raise ValueError(f"{adapter.folder} is a {adapter.config['peft_type']} adapter without LoRA layers.")
+    if not adapter.modules or adapter.config["peft_type"] not in ("LORA", "ADALORA"):
+        raise ValueError(f"{adapter.folder} is a {adapter.config['peft_type']} adapter, or without LoRA layers.")
+    if adapter.config.get("layer_replication"):
+        raise ValueError(
+            f"{adapter.folder} cannot be used here: its layer_replication makes another model of the base."
+        )
     if (bias := adapter.config.get("bias", "none")) != "none":
         raise ValueError(f"{adapter.folder} cannot be used here: it trained biases (bias={bias!r}) of the base model.")
     try:
