@@ -226,7 +226,7 @@ def test_refused_architectures(case, architecture, monkeypatch):
 def test_refused_names(architecture, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no architecture 'ViT-Z-1': use one of open_clip.list_models\(\)"):
         load_open_clip("ViT-Z-1")
-    with pytest.raises(ValueError, match=r"'laion' is no file, and no weights of 'ViT-B-32': it has openai, laion400m"):
+    with pytest.raises(ValueError, match=r"is neither a file nor a tag of 'ViT-B-32': it has openai, laion400m"):
         load_open_clip("ViT-B-32", "laion")
     with pytest.raises(ValueError, match="another activation than that of 'ViT-B-32': use 'ViT-B-32-quickgelu'"):
         load_open_clip("ViT-B-32", "openai")

@@ -1,41 +1,38 @@
-"""Checkpoints: what lies beside an adapter to resume from, and whether a run can resume from it."""
+"""Checkpoints: what is written beside an adapter to resume from, and whether a run can resume from it."""
 
-import json
 import os
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from safetensors import safe_open
 from torch import Tensor
 
-from ..records import RUN_FILE, STATE_FILE, SUMMARY_FILE
+from ..records import RUN_FILE, SUMMARY_FILE
+from .files import read_json, read_state_tensors, read_summary
 
 RAW = "raw."  # prefix in the state file of weights as trained, where folding changed them
 
 
 def adapter_folder(directory: str | os.PathLike, adapter_name: str) -> Path:
-    """Where below a saved folder the gated adapter's files lie: beside one that is called "default", in its own."""
+    """The folder of the gated adapter's files in a saved one: its own if an adapter named "default" is saved too."""
     inner = Path(directory) / adapter_name
     return inner if (inner / SUMMARY_FILE).is_file() else Path(directory)
 
 
 def read_state(directory: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Tensor], dict]:
-    """Read what lies beside an adapter: the controller's state, weights as trained by state-dict key, the summary.
+    """Read the files beside an adapter: the controller's state, weights as trained by state-dict key, the summary.
 
     Raises:
-        ValueError: where the files are missing or unreadable.
+        ValueError: if a file is missing or cannot be read.
     """
     directory = Path(directory)
     try:
-        summary = json.loads((directory / SUMMARY_FILE).read_text())
-        with safe_open(directory / STATE_FILE, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{directory} is not a checkpoint of gated LoRA: {SUMMARY_FILE} and {STATE_FILE} cannot be read ({error})."
-        ) from error
+        summary, tensors = read_summary(directory), read_state_tensors(directory)
+    except ValueError as error:
+        raise ValueError(f"{directory} is not a checkpoint of gated LoRA: {error}") from error
+    if summary is None:
+        raise ValueError(f"{directory} is not a checkpoint of gated LoRA: {SUMMARY_FILE} is missing.")
     raw = {key.removeprefix(RAW): tensors.pop(key) for key in list(tensors) if key.startswith(RAW)}
     return tensors, raw, summary
 
@@ -66,12 +63,12 @@ def check_same_run(directory: str | os.PathLike, here: dict) -> None:
             f"{len(own)} (differing: {odd[:3] or 'only the order'}). Resume with the model, target_modules "
             "and granularity of that run."
         )
-    if saved["lora"] != here["lora"]:
+    if saved.get("lora") != here["lora"]:
         raise ValueError(
-            f"{directory} was written with another LoRA config: {saved['lora']}, this one is {here['lora']}."
+            f"{directory} was written with another LoRA config: {saved.get('lora')}, this one is {here['lora']}."
         )
     # With FSDP's cpu_ram_efficient_loading only the main process had the base weights when the gates were attached.
-    if PartialState().is_main_process and saved["base_fingerprint"] != here["base_fingerprint"]:
+    if PartialState().is_main_process and saved.get("base_fingerprint") != here["base_fingerprint"]:
         raise ValueError(
             f"{directory} is from another base model: the gated layers' base weights differ in shape or value. "
             "Resume on the base model of that run."
@@ -104,9 +101,9 @@ def last_complete_checkpoint(output_dir: str, adapter_name: str) -> str:
     folders.sort(key=lambda folder: int(folder.name.rsplit("-", 1)[1]), reverse=True)
     for folder in folders:
         try:
-            json.loads((folder / "trainer_state.json").read_text())
-            summary = json.loads((adapter_folder(folder, adapter_name) / SUMMARY_FILE).read_text())
-        except (OSError, ValueError):
+            read_json(folder / "trainer_state.json")
+            summary = read_summary(adapter_folder(folder, adapter_name)) or {}
+        except ValueError:
             continue
         if run in (None, summary.get("run")):
             return str(folder)

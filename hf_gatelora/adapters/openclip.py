@@ -1,4 +1,4 @@
-"""OpenCLIP models as transformers' `CLIPModel`, and the way back: same weights, under the names of the other side."""
+"""OpenCLIP models as transformers' `CLIPModel` and back: same weights, other names. Neither side has a converter."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -13,8 +13,8 @@ from ..gates.lora_layers import base_layer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
-# The settings that `CLIPConfig` has too, and those without effect of their own. With any other one set there is no
-# such `CLIPModel`.
+# The settings that `CLIPConfig` has too, and those without an effect of their own. A model that sets another one cannot
+# be a `CLIPModel`.
 _CARRIED = {
     "model": {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale"},
     "vision_cfg": {
@@ -66,12 +66,12 @@ _LAYER_NAMES = {
 def load_open_clip(name: str, pretrained: str | None = None) -> tuple[CLIPModel, CLIPProcessor]:
     """Load an OpenCLIP model as a `CLIPModel` in fp32 with its processor.
 
-    Features are those of open_clip (within 1e-4), and so are the token ids, but for the padding: it lies behind the
-    end of the text, where the causal mask hides it. Two steps of open_clip's preprocessing are not in transformers'.
-    Texts: open_clip repairs them with ftfy and HTML unescaping (curly quotes, `&amp;`). Images: where the resized
-    image is 3, 7, 11 ... pixels longer than the crop, the crop lies one pixel beside open_clip's. Otherwise pixel
-    values are equal with the processor that is returned; one that `CLIPProcessor.from_pretrained` reads from disk
-    resizes with torchvision instead, unless it gets `backend="pil"`, and is up to 2/255 (before normalising) away.
+    Features and token ids are those of open_clip (within 1e-4), except for the padding ids after the end of the text,
+    which the causal mask hides. transformers' preprocessing differs in two steps. Texts: open_clip repairs them with
+    ftfy and HTML unescaping (curly quotes, `&amp;`). Images: if the resized image is 3, 7, 11 ... pixels longer than
+    the crop, the crop is one pixel away from open_clip's. Otherwise pixel values are equal with the processor that is
+    returned; one that `CLIPProcessor.from_pretrained` reads from disk resizes with torchvision, unless it gets
+    `backend="pil"`, and differs by up to 2/255 (before normalising).
 
     Args:
         name: open_clip's name of an architecture, `hf-hub:user/repo` or `local-dir:folder`.
@@ -79,9 +79,9 @@ def load_open_clip(name: str, pretrained: str | None = None) -> tuple[CLIPModel,
             repo or the folder holds.
 
     Raises:
-        ImportError: where open_clip is not installed.
-        ValueError: for a name or a tag that open_clip does not know, and for an architecture or a preprocessing that
-            `CLIPModel` or its processor does not have.
+        ImportError: if open_clip is not installed.
+        ValueError: if open_clip does not know the name or the tag, or `CLIPModel` or its processor does not have such
+            an architecture or preprocessing.
     """
     try:
         import open_clip
@@ -100,7 +100,7 @@ def load_open_clip(name: str, pretrained: str | None = None) -> tuple[CLIPModel,
     weights_of_tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
     if pretrained and not weights_of_tag and not Path(pretrained).is_file():
         tags = open_clip.list_pretrained_tags_by_model(name)
-        raise ValueError(f"{pretrained!r} is no file, and no weights of {name!r}: it has {', '.join(tags) or 'none'}.")
+        raise ValueError(f"{pretrained!r} is neither a file nor a tag of {name!r}: it has {', '.join(tags) or 'none'}.")
     if weights_of_tag and weights_of_tag.get("quick_gelu", False) != config.get("quick_gelu", False):
         # open_clip only warns, and the features are wrong.
         other = name.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{name}-quickgelu"
@@ -125,15 +125,15 @@ def load_open_clip(name: str, pretrained: str | None = None) -> tuple[CLIPModel,
 def export_open_clip(clip_model: CLIPModel) -> dict[str, Tensor]:
     """The state dict of open_clip for a `CLIPModel`, in the dtype and on the device of the model.
 
-    `open_clip.create_model(name).load_state_dict` takes it, and so does `open_clip.create_model(name, file)` where it
-    was saved. The activation is not in it: for a model with quick-GELU `name` is one that ends in `-quickgelu`.
+    `open_clip.create_model(name).load_state_dict` takes it, and `open_clip.create_model(name, file)` takes a file with
+    it. It does not hold the activation: for a model with quick-GELU `name` ends in `-quickgelu`.
 
     Args:
         clip_model: tuned and merged.
 
     Raises:
-        TypeError: for anything but a `CLIPModel`.
-        ValueError: where an adapter is not merged.
+        TypeError: if it is not a `CLIPModel`.
+        ValueError: if an adapter is not merged.
     """
     if isinstance(clip_model, PeftModel) or any(base_layer(m) is not m for m in clip_model.modules()):
         raise ValueError("The model has an adapter that is not merged: export what model.merge_and_unload() returns.")
@@ -147,7 +147,7 @@ def export_open_clip(clip_model: CLIPModel) -> dict[str, Tensor]:
 
 
 def _names(config: CLIPConfig) -> dict[str, list[str]]:
-    """Names of the weights of `CLIPModel` by open_clip's name: three for the fused projection of q, k and v."""
+    """Names of `CLIPModel`'s weights by their name in open_clip: three for its fused projection of q, k and v."""
     names = {key: [part] for key, part in _MODEL_NAMES.items()}
     modules = dict(_NORM_NAMES)
     for ours, theirs, tower in (
@@ -165,10 +165,10 @@ def _names(config: CLIPConfig) -> dict[str, list[str]]:
 
 
 def _clip_config(config: dict, name: str) -> CLIPConfig:
-    """The configuration of the `CLIPModel` for that of an open_clip model.
+    """The configuration of the `CLIPModel` that is an open_clip model.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: if no `CLIPModel` is.
     """
     from open_clip import CLIPTextCfg, CLIPVisionCfg
 
@@ -220,7 +220,7 @@ def _clip_config(config: dict, name: str) -> CLIPConfig:
             "vocab_size": text.vocab_size,
             "max_position_embeddings": text.context_length,
             "projection_dim": config["embed_dim"],
-            # open_clip pools at the largest id, which is that of the end.
+            # open_clip pools at the largest id, which is the one of the end.
             "bos_token_id": vocabulary[START],
             "eos_token_id": vocabulary[END],
             "pad_token_id": vocabulary[END],
@@ -233,7 +233,7 @@ def _described(key: str, path: str, value) -> str:
 
 
 def _tower(cfg, heads: int, activation: str) -> dict:
-    """What the configurations of both towers have."""
+    """The settings that both towers have."""
     return {
         "hidden_size": cfg.width,
         "intermediate_size": int(cfg.width * cfg.mlp_ratio),
@@ -258,15 +258,15 @@ def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _processor(cfg: dict, config: CLIPConfig, name: str) -> CLIPProcessor:
-    """The processor for a preprocessing of open_clip.
+    """The processor that preprocesses as open_clip does.
 
     Raises:
-        ValueError: where images are resized to their longest edge.
+        ValueError: if images are resized to their longest edge.
     """
     if cfg["resize_mode"] not in ("shortest", "squash"):
         raise ValueError(
-            f"open_clip's {name!r} resizes images in the mode {cfg['resize_mode']!r}, which CLIPImageProcessor has "
-            "not: use weights with 'shortest' or 'squash'."
+            f"open_clip's {name!r} resizes images in the mode {cfg['resize_mode']!r}, which CLIPImageProcessor does "
+            "not have: use weights with 'shortest' or 'squash'."
         )
     side, squash = config.vision_config.image_size, cfg["resize_mode"] == "squash"
     mean, std = (v if isinstance(v, list | tuple) else [v] * 3 for v in (cfg["mean"], cfg["std"]))
