@@ -25,10 +25,11 @@ from transformers import (
 )
 
 from ..gates import lora_layers
-from .files import IMAGE_FILES, PROCESSOR_FILES, TOKENIZER_FILES, check_finite, read_json, shortened
+from .files import IMAGE_FILES, PROCESSOR_FILES, TOKENIZER_FILES, check_finite, read_json
 from .inspection import Adapter
 from .names import explain_renamed
 from .outputs import check_output, write_output
+from .schemas import shortened
 
 MOST_LAYERS, MOST_PARAMETERS = 1_000, 10**12  # of a base model: more can only come from a damaged config
 # The files of an adapter's folder from which each of these is loaded.

@@ -14,18 +14,17 @@ import time
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import regex
 import torch
-from peft import PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
 from ..gates import lora_layers
 from ..records import RESULTS_FILE, STATE_FILE, SUMMARY_FILE, read_results
+from .schemas import MODULES, AdapterConfig, LoraConfig, Name, Row, Summary, checked, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -34,163 +33,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "voc
 TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model")
 PROCESSOR_FILES = (*IMAGE_FILES, *TOKENIZER_FILES, "video_preprocessor_config.json", "chat_template.jinja")
 
-MODULES = 10_000  # of one adapter: larger models with LoRA on every layer have about 1,000
 JSON_BYTES, ROWS_BYTES = 32 * 2**20, 256 * 2**20
 MATCHING_SECONDS = 5.0  # for all regular expressions of one file
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # would reach the terminal as commands
 _WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 _MATRIX = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")
 PLAIN_PATTERN = re.compile(r"[\w.-]*")  # matches in linear time
-
-
-# ---- schemas ------------------------------------------------------------------------------------------------------
-
-
-def _printable(text: str) -> str:
-    if CONTROL.search(text):
-        raise ValueError("it has control characters")
-    return text
-
-
-Text = Annotated[str, Field(max_length=4_096), AfterValidator(_printable)]
-Name = Annotated[str, Field(max_length=512), AfterValidator(_printable)]
-Names = Annotated[list[Name], Field(max_length=MODULES)]
-# A string is a pattern here, also one that lists the names of all modules.
-Targets = Names | Annotated[str, Field(max_length=1_000_000), AfterValidator(_printable)] | None
-Count = Annotated[int, Field(ge=0, le=2**53)]
-Rank = Annotated[int, Field(ge=1, le=2**16)]
-Number = Annotated[float, Field(ge=-1e9, le=1e9)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Score = Annotated[float | None, AfterValidator(lambda score: math.nan if score is None else score)]
-
-
-class _Schema(BaseModel):
-    """Fields that are not listed are kept as they are."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-
-class _AutoMapping(_Schema):
-    base_model_class: Name | None = None
-    parent_library: Name | None = None
-
-
-class _Config(_Schema):
-    peft_type: Literal[tuple(kind.value for kind in PeftType)]
-    base_model_name_or_path: Text | None = None
-    revision: Text | None = None
-    auto_mapping: _AutoMapping | None = None
-
-
-class _LoraConfig(_Config):
-    r: Rank = 8
-    lora_alpha: Annotated[int | float, Field(ge=-1e9, le=1e9)] = 8
-    bias: Name = "none"
-    use_dora: bool = False
-    use_rslora: bool = False
-    init_lora_weights: bool | Name | None = True
-    target_modules: Targets = None
-    exclude_modules: Targets = None
-    layers_pattern: Targets = None
-    modules_to_save: Names | None = None
-    rank_pattern: Annotated[dict[Text, Rank], Field(max_length=MODULES)] | None = None
-    alpha_pattern: Annotated[dict[Text, Number], Field(max_length=MODULES)] | None = None
-
-
-class _Block(_Schema):
-    name: Name
-    modules: Annotated[Names, Field(min_length=1)]
-    score: Score
-    gate: Score
-    open: bool
-    parameters: Count
-
-
-class _Tower(_Schema):
-    gates: Count
-    open: Count
-
-
-class _BaseModel(_Schema):
-    class_: Annotated[Name | None, Field(alias="class")] = None
-    library: Name = ""
-    classes: Annotated[list[Text], Field(max_length=100_000)] | None = None
-
-
-class _GateConfig(_Schema):
-    tau: Number
-
-
-class _Summary(_Schema):
-    blocks: Annotated[list[_Block], Field(min_length=1, max_length=MODULES)]
-    gates: Count
-    open: Count
-    active_fraction: Share
-    towers: Annotated[dict[Text, _Tower], Field(max_length=MODULES)]
-    phase: Name
-    progress: Share
-    steps: Count
-    total_steps: Count | None
-    lora_parameters: Count
-    open_parameters: Count
-    config: _GateConfig
-    degenerate: Text | None
-    # What earlier versions did not write, or not every command needs.
-    adapter_name: Name = "default"
-    base_fingerprint: Name = ""
-    lora: dict[str, Any] | None = None
-    base_model: _BaseModel | None = None
-    arguments: dict[str, Any] | None = None
-    weights_step: Count | None = None
-    scale: Share | None = None
-    transformers: Annotated[str, Field(pattern=r"^\d{1,3}\.\d{1,3}(\.\d{1,3})?$")] | None = None
-
-
-class _Row(_Schema):
-    method: Text
-    role: Literal["id", "ood", "retention", "cost"]
-    data: Text
-    split: Text
-    metric: Name
-    value: int | float
-    n: Count
-    seed: int | None = None
-    wise: Number = 1.0
-    step: Count = 0
-    frozen: bool = True
-    dataset: Text = ""
-    revision: Text | None = None
-    model: Text | None = None
-    arguments: dict[str, Any] | None = None
-    versions: dict[str, Any] | None = None
-
-
-def _checked(schema: Any, data: object, file: Path) -> Any:
-    """What a file holds, as its schema reads it.
-
-    Raises:
-        ValueError: if it does not fit, naming the first field that does not.
-    """
-    try:
-        return TypeAdapter(schema).validate_python(data)
-    except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    field, here = [], data
-    for part in found["loc"]:  # without the names that pydantic gives to the alternatives of a field
-        if isinstance(here, list) and isinstance(part, int):
-            field.append(f"entry {part + 1}" if here is data else str(part))
-            here = here[part]
-        elif isinstance(here, dict) and (part in here or found["type"] == "missing"):
-            field.append(str(part))
-            here = here.get(part)
-    where = f"{shortened('.'.join(field), 120)}: " if field else ""
-    raise ValueError(f"{file}: {where}{shortened(found['msg'])}.")
-
-
-def shortened(text: object, length: int = 240) -> str:
-    """A text of any source as a part of one line: without control characters, and at most `length` characters long."""
-    line = " ".join(CONTROL.sub("?", str(text)[: 4 * length]).split())
-    return line if len(line) <= length else f"{line[: length - 3]}..."
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------
@@ -221,9 +68,9 @@ def read_config(directory: Path) -> dict:
     file = directory / CONFIG_NAME
     if not os.path.lexists(file):
         raise ValueError(f"{directory} holds no readable adapter: {CONFIG_NAME} is missing.")
-    config = _checked(_Config, read_json(file), file)
+    config = checked(AdapterConfig, read_json(file), file)
     if config.peft_type == "LORA":
-        config = _checked(_LoraConfig, config.model_dump(), file)
+        config = checked(LoraConfig, config.model_dump(), file)
     return config.model_dump()
 
 
@@ -274,7 +121,7 @@ def read_shapes(directory: Path) -> tuple[dict[str, tuple[int, ...]], int]:
 def _check_shapes(shapes: dict[str, tuple[int, ...]], file: Path) -> None:
     if len(shapes) > 4 * MODULES:
         raise ValueError(f"{file} holds more than {4 * MODULES:,} tensors.")
-    _checked(list[Name], list(shapes), file)
+    checked(list[Name], list(shapes), file)
     ranks: dict[str, dict[str, int]] = {}
     for key, shape in shapes.items():
         axis = rank_axis(key)
@@ -357,7 +204,7 @@ def read_summary(directory: Path) -> dict | None:
     file = directory / SUMMARY_FILE
     if not os.path.lexists(file):
         return None
-    summary = _checked(_Summary, read_json(file), file).model_dump(by_alias=True, exclude_unset=True)
+    summary = checked(Summary, read_json(file), file).model_dump(by_alias=True, exclude_unset=True)
     if summary["gates"] != len(summary["blocks"]):
         raise ValueError(f"{file}: gates is {summary['gates']}, but blocks has {len(summary['blocks'])} entries.")
     return summary
@@ -393,7 +240,7 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
         rows = read_results(file)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} cannot be read: {shortened(error)}.") from error
-    _checked(list[_Row], rows, file)
+    checked(list[Row], rows, file)
     return [{"seed": None, **row} for row in rows]
 
 

@@ -20,9 +20,9 @@ from .files import (
     read_config,
     read_shapes,
     read_summary,
-    shortened,
     without_patterns,
 )
+from .schemas import shortened
 
 # The files of an adapter's repository that inspecting, evaluating and merging it need.
 NEEDED = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, SUMMARY_FILE, RESULTS_FILE, *PROCESSOR_FILES]
