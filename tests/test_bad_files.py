@@ -200,7 +200,7 @@ def odd(name: str, path: str, *values) -> dict:
 
 def wrong_row(key: str, *values) -> dict:
     """Values of a field of a row."""
-    return {f"a row with {key} = {value!r}": (row(**{key: value}), f"entry 2.{key}: ") for value in values}
+    return {f"a row with {key} = {value!r}": (row(**{key: value}), key) for value in values}
 
 
 # Each mutation: what happens to the folder, and what all readers of the file say (None: or they give a right result).
@@ -320,7 +320,7 @@ ROWS = {
     "results.jsonl is a folder": (without(RESULTS, "folder"), RESULTS),
     "results.jsonl is a link": (without(RESULTS, "link"), RESULTS),
     **{
-        f"a row without {key}": (row(**{key: GONE}), f"entry 2.{key}: Field required")
+        f"a row without {key}": (row(**{key: GONE}), key)
         for key in ("method", "role", "data", "split", "metric", "value", "n")
     },
     **wrong_row("method", 5),
@@ -332,7 +332,7 @@ ROWS = {
     **wrong_row("n", -1, 0.5),
     **{name: case for key in ("seed", "wise", "step", "frozen") for name, case in wrong_row(key, "x").items()},
     **{name: case for key in ("dataset", "arguments", "versions", "model") for name, case in wrong_row(key, 5).items()},
-    "a row is a list": (text(RESULTS, "[1]\n"), "entry 1: "),
+    "a row is a list": (text(RESULTS, "[1]\n"), RESULTS),
     "no results.jsonl": (without(RESULTS), None),
     "results.jsonl: empty": (text(RESULTS, ""), None),
     "blank lines": (edited(RESULTS, "\n", "\n\n"), None),

@@ -239,9 +239,10 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     try:
         rows = read_results(file)
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read: {shortened(error)}.") from error
+        reason = shortened(str(error).removeprefix(f"{file}, ").removesuffix("."))
+        raise ValueError(f"{file} cannot be read: {reason}.") from error
     checked(list[Row], rows, file)
-    return [{"seed": None, **row} for row in rows]
+    return rows
 
 
 def read_state_tensors(directory: Path) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """What the card of an adapter says, read from the files of its folder. No number comes from anywhere else."""
 
-import json
 import math
 import os
 import re
