@@ -7,6 +7,7 @@ import re
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -89,7 +90,7 @@ def empty_model(config: PreTrainedConfig, adapter: dict | None = None) -> PreTra
         raise ValueError(f"The config of {name} does not describe a {kind.__name__}: {shortened(error)}") from error
 
 
-def load_reporting(kind: type, name: str | os.PathLike, **settings) -> tuple[PreTrainedModel, set[str]]:
+def load_reporting(kind: Any, name: str | os.PathLike, **settings) -> tuple[PreTrainedModel, set[str]]:
     """Load a model, in fp32 unless `settings` say otherwise, and the names of its weights that the checkpoint lacks.
 
     Raises:
@@ -206,7 +207,7 @@ def load_adapted(base: PreTrainedModel, adapter: Adapter) -> PeftModel:
     return adapted
 
 
-def _without_patterns(config: PeftConfig, base: PreTrainedModel, adapter: Adapter) -> PeftConfig:
+def _without_patterns(config: Any, base: PreTrainedModel, adapter: Adapter) -> PeftConfig:
     """The config with the names of modules in place of the patterns that it has, which PEFT matches without a limit."""
     described = (getattr(config, name, None) for name in ("target_modules", "exclude_modules", "layers_pattern"))
     if any(isinstance(field, str) for field in described) or getattr(config, "layers_pattern", None):
@@ -272,7 +273,7 @@ def merge_adapter(
     return merged
 
 
-def load_processor(kind: type, adapter: Adapter, model: str | os.PathLike | None = None):
+def load_processor(kind: Any, adapter: Adapter, model: str | os.PathLike | None = None):
     """The processor, tokenizer or image processor that an adapter was trained with; None if there is none.
 
     That is the one in the adapter's own folder, else that of the base.
@@ -304,7 +305,7 @@ def trained_processor(adapter: Adapter, model: str | os.PathLike | None = None):
     return whole
 
 
-def _own_processor(kind: type, adapter: Adapter):
+def _own_processor(kind: Any, adapter: Adapter):
     files = [adapter.folder / name for name in PARTS[kind] if (adapter.folder / name).is_file()]
     try:
         for file in files:
@@ -316,7 +317,7 @@ def _own_processor(kind: type, adapter: Adapter):
         raise ValueError(f"{adapter.folder}: its processor cannot be read: {shortened(error)}") from error
 
 
-def _base_processor(kind: type, adapter: Adapter, model: str | os.PathLike | None):
+def _base_processor(kind: Any, adapter: Adapter, model: str | os.PathLike | None):
     name, source = adapter.base(model)
     try:
         with quiet():

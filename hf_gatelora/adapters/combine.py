@@ -44,16 +44,16 @@ def combine_adapters(
             not plain LoRA, they name different base models, have blocks or heads of different shapes, or have heads and
             there is no base that fits.
     """
-    directories, output = [Path(directory) for directory in directories], Path(output)
-    if len(directories) < 2:
+    sources, output = [Path(directory) for directory in directories], Path(output)
+    if len(sources) < 2:
         raise ValueError("Give two adapters or more to combine, and then the folder to write.")
-    if len(directories) != len(weights):
-        raise ValueError(f"{len(directories)} adapters and {len(weights)} weights: give one weight for each adapter.")
+    if len(sources) != len(weights):
+        raise ValueError(f"{len(sources)} adapters and {len(weights)} weights: give one weight for each adapter.")
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"The weights {list(weights)} have to be finite numbers.")
-    check_output(output, "combine", directories, force)
-    configs, tensors = zip(*map(read_adapter, directories), strict=True)
-    for directory, config in zip(directories, configs, strict=True):
+    check_output(output, "combine", sources, force)
+    configs, tensors = zip(*map(read_adapter, sources), strict=True)
+    for directory, config in zip(sources, configs, strict=True):
         check_scalable(config, str(directory))
         if used := [field for field in UNSUPPORTED if config.get(field)]:
             raise ValueError(f"{directory} uses {', '.join(used)}, which cannot be combined.")
@@ -65,7 +65,8 @@ def combine_adapters(
         )
 
     combined: dict[str, Tensor] = {}
-    scaling = None  # that of the first block is kept for all, so that an adapter at weight 1 keeps its values
+    # All blocks get that of the first, so that an adapter at weight 1 keeps its values.
+    scaling: float | None = None
     for key in dict.fromkeys(key for part in tensors for key in part):
         name, axis = lora_layers.module_of_key(key), rank_axis(key)
         found = [(p[key], w, c) for p, w, c in zip(tensors, weights, configs, strict=True) if key in p]
@@ -84,9 +85,9 @@ def combine_adapters(
             values = [value * (w * s / scaling) for (value, w, _), s in zip(found, scalings, strict=True)]
         combined[key] = torch.cat(values, dim=axis)
 
-    axes = {key: rank_axis(key) for key in combined if rank_axis(key) is not None}
+    axes = {key: axis for key in combined if (axis := rank_axis(key)) is not None}
     if not axes:
-        raise ValueError(f"{directories[0]} and the others have no LoRA layers: there is nothing to combine.")
+        raise ValueError(f"{sources[0]} and the others have no LoRA layers: there is nothing to combine.")
     rank = max(combined[key].shape[axis] for key, axis in axes.items())
     for key, axis in axes.items():
         shape = list(combined[key].shape)
@@ -98,15 +99,15 @@ def combine_adapters(
     if any(config.get("exclude_modules") for config in configs):
         # Some name catches more than itself, and only the model knows what. A pattern matches in full.
         fields["target_modules"] = "|".join(map(re.escape, modules))
-    alpha = float(scaling * rank)
+    alpha = float((scaling or 1.0) * rank)
     fields |= {"r": rank, "lora_alpha": int(alpha) if alpha.is_integer() else alpha, "use_rslora": False}
     fields["modules_to_save"] = sorted({m for config in configs for m in config.get("modules_to_save") or []}) or None
-    write_stock(output, "combine", directories, {**configs[0], **fields}, combined)
+    write_stock(output, "combine", sources, {**configs[0], **fields}, combined)
 
 
 def _head(name: str, found: list[tuple[Tensor, float]], base: torch.nn.Module | None) -> Tensor:
     """The base's head plus the weighted sum of its changes. The base's own part cancels if the weights sum to 1."""
-    total = sum(value * weight for value, weight in found)
+    total = torch.stack([value * weight for value, weight in found]).sum(0)
     rest = 1 - sum(weight for _, weight in found)
     if abs(rest) < 1e-9:
         return total

@@ -57,7 +57,7 @@ def write_adapter(
     stale = {SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, GATE_MAP}
 
     def write(temporary: Path) -> None:
-        PeftModel.save_pretrained(model, temporary, selected_adapters=[adapter_name], state_dict=weights, **kwargs)
+        PeftModel.save_pretrained(model, str(temporary), selected_adapters=[adapter_name], state_dict=weights, **kwargs)
         folder = temporary / ("" if adapter_name == "default" else adapter_name)
         save_file(state, folder / STATE_FILE)
         (folder / SUMMARY_FILE).write_text(summary_text({**summary, "transformers": needed}), encoding="utf-8")
@@ -166,7 +166,7 @@ def scale_adapter(
     summary = read_summary(directory)
     rows = [row for row in read_rows(directory) if row["method"] == "base" or row.get("wise") == scale]
     measured = any("wise" in row for row in rows)
-    rows = [{key: value for key, value in row.items() if key != "wise"} for row in rows] if measured else None
+    rows = [{key: value for key, value in row.items() if key != "wise"} for row in rows if measured]
     write_stock(output, "wise", [directory], config, weights, summary and {**summary, "scale": scale}, rows)
 
 

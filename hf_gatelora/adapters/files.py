@@ -29,8 +29,10 @@ from .schemas import MODULES, AdapterConfig, LoraConfig, Name, Row, Summary, che
 logger = logging.getLogger(__name__)
 
 IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt")
-TOKENIZER_FILES += ("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model"),
+)
 PROCESSOR_FILES = (*IMAGE_FILES, *TOKENIZER_FILES, "video_preprocessor_config.json", "chat_template.jinja")
 
 JSON_BYTES, ROWS_BYTES = 32 * 2**20, 256 * 2**20
@@ -129,7 +131,7 @@ def _check_shapes(shapes: dict[str, tuple[int, ...]], file: Path) -> None:
             continue
         if len(shape) < 2:
             raise ValueError(f"{file}: {key} of shape {shape} is not a matrix.")
-        ranks.setdefault(lora_layers.module_of_key(key), {})["AB"[axis]] = shape[axis]
+        ranks.setdefault(lora_layers.module_of_key(key) or "", {})["AB"[axis]] = shape[axis]
     if len(ranks) > MODULES:
         raise ValueError(f"{file} adapts more than {MODULES:,} modules.")
     for module, pair in ranks.items():

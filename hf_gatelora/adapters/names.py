@@ -20,7 +20,7 @@ RENAMED: dict[str, tuple[str, tuple[str, ...]]] = {
 
 def lowest_transformers(config: PreTrainedConfig | None, modules: list[str]) -> str | None:
     """The first release of transformers that has modules of these names in such a model; None if they are older."""
-    release, names = RENAMED.get(getattr(config, "model_type", None), ("", ()))
+    release, names = RENAMED.get(getattr(config, "model_type", ""), ("", ()))
     return release if any(name.rpartition(".")[2] in names for name in modules) else None
 
 

@@ -17,8 +17,10 @@ logger = logging.getLogger(__name__)
 
 MARK = ".gatelora_written"  # hidden, so that no push takes it along; says by which command, from what, and what
 # What an adapter or a model may consist of. Transformers would load an adapter on top of a model in the same folder.
-REPLACED = (CONFIG_NAME, "adapter_model.*", SUMMARY_FILE, STATE_FILE, RESULTS_FILE, GATE_MAP, FRONTIER)
-REPLACED += ("config.json", "generation_config.json", "model*.safetensors*", "pytorch_model*.bin*", *PROCESSOR_FILES)
+REPLACED = (
+    *(CONFIG_NAME, "adapter_model.*", SUMMARY_FILE, STATE_FILE, RESULTS_FILE, GATE_MAP, FRONTIER),
+    *("config.json", "generation_config.json", "model*.safetensors*", "pytorch_model*.bin*", *PROCESSOR_FILES),
+)
 
 
 def check_output(output: Path, command: str, sources: list[Path], force: bool = False) -> None:

@@ -18,6 +18,12 @@ def printable(text: str) -> str:
     return text
 
 
+def known_kind(kind: str) -> str:
+    if kind not in [known.value for known in PeftType]:
+        raise ValueError("the installed PEFT does not know this kind of adapter")
+    return kind
+
+
 Text = Annotated[str, Field(max_length=4_096), AfterValidator(printable)]
 Name = Annotated[str, Field(max_length=512), AfterValidator(printable)]
 Names = Annotated[list[Name], Field(max_length=MODULES)]
@@ -42,7 +48,7 @@ class AutoMapping(Schema):
 
 
 class AdapterConfig(Schema):
-    peft_type: Literal[tuple(kind.value for kind in PeftType)]
+    peft_type: Annotated[str, AfterValidator(known_kind)]
     base_model_name_or_path: Text | None = None
     revision: Text | None = None
     auto_mapping: AutoMapping | None = None
