@@ -247,3 +247,14 @@ def test_only_the_run_that_was_last_started_in_a_folder_is_resumed(tmp_path):
         again.train(resume_from_checkpoint=True)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))  # on purpose
     assert again.gates.frozen
+
+
+def test_regexes_that_explode_are_stopped(monkeypatch):
+    monkeypatch.setattr("hf_gatelora.gates.blocks.SECONDS", 0.05)
+    slow = r"((\w+\.?)+)+!"
+    for field, config in {
+        "target_active": GateConfig(target_active={slow: 0.5}),
+        "granularity": GateConfig(granularity=[slow]),
+    }.items():
+        with pytest.raises(ValueError, match=f"{field}: the regex .* takes too long on .* Write a simpler one"):
+            attach_gates(adapted(), config)

@@ -113,7 +113,7 @@ def load_open_clip(name: str, pretrained: str | None = None) -> tuple[CLIPModel,
     state, names = model.state_dict(), _names(clip_config)
     if unknown := sorted(set(state) ^ set(names)):
         raise ValueError(f"open_clip's {name!r} has other weights than a CLIPModel: {', '.join(unknown)}.")
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for key, parts in names.items():
         tensor = state[key].T if key in _TRANSPOSED else state[key]
         weights.update(zip(parts, tensor.chunk(len(parts)) if len(parts) > 1 else [tensor]))

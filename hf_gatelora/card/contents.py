@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
@@ -31,8 +32,10 @@ from .tables import measured
 HUB_ACCURACIES = (TOP1.name, KNN_TOP1.name)  # of the Hub's metric "accuracy"
 TEMPLATE = Path(__file__).with_name("template.md")
 # Settings that come first, under the name of any of these that is known.
-FIRST = ("gate_target_active", "gate_lambda", "r", "lora_alpha", "learning_rate", "num_train_epochs", "max_steps")
-FIRST += ("per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+FIRST = (
+    *("gate_target_active", "gate_lambda", "r", "lora_alpha", "learning_rate", "num_train_epochs", "max_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
+)
 # Arguments that other parts of the card show, that follow from others, or that say how a run was started or watched.
 NOT_SHOWN = {
     *("model", "train", "test", "validation", "id", "ood", "retention", "bank", "head_label_map", "imagenet"),
@@ -41,8 +44,10 @@ NOT_SHOWN = {
     *("keep_finished", "resume_from_checkpoint", "accelerator_config", "remove_unused_columns", "local_rank"),
     *("include_for_metrics", "load_best_model_at_end", "greater_is_better", "do_train", "do_eval", "do_predict"),
 }
-PREFIXES = ("hub_", "push_to_hub", "logging_", "log_", "save_", "eval_", "per_device_eval_", "dataloader_", "ddp_")
-PREFIXES += ("validation_", "fsdp", "deepspeed", "tpu_", "trackio_")
+PREFIXES = (
+    *("hub_", "push_to_hub", "logging_", "log_", "save_", "eval_", "per_device_eval_", "dataloader_", "ddp_"),
+    *("validation_", "fsdp", "deepspeed", "tpu_", "trackio_"),
+)
 
 
 @dataclass
@@ -99,7 +104,7 @@ class AdapterCard:
         except ValueError as error:
             raise ValueError(f"The model card of {directory} cannot be written: {error}") from error
         trained_on = [row["dataset"] for row in rows if "dataset" in row and (row["role"], row["data"]) == TRAINED]
-        found = {
+        found: dict[str, Any] = {
             "name": _title(config, rows, bool(summary)) or directory.absolute().name,
             "base": hub_id(config.get("base_model_name_or_path")),
             "datasets": list(dict.fromkeys(trained_on)) or None,
@@ -142,7 +147,7 @@ class AdapterCard:
         """Task of the model on the Hub, by its class."""
         from transformers.models.auto import modeling_auto as auto
 
-        tasks = {
+        tasks: dict[str, Any] = {
             "zero-shot-image-classification": auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
             "image-classification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
             "text-classification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -329,5 +334,5 @@ def _title(config: dict, rows: list[dict], gated: bool) -> str | None:
     return name and f"{name}-{'gated-lora' if gated else 'lora'}"
 
 
-TEMPLATE_NAMES = {"text": tables.text, "code": tables.code, "tables": tables, "LIMIT": tables.LIMIT}
+TEMPLATE_NAMES: dict[str, Any] = {"text": tables.text, "code": tables.code, "tables": tables, "LIMIT": tables.LIMIT}
 TEMPLATE_NAMES |= {"GATE_MAP": GATE_MAP, "FRONTIER": FRONTIER}

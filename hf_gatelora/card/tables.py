@@ -55,7 +55,8 @@ def _compare(rows: list[dict], wanted: Callable[[str], bool]) -> str:
             left -= len(own[:left])
             if 1 < len(own) == len(sets):
                 mean = {**own[0], "value": fmean(row["value"] for row in own)}
-                before = None if None in befores else fmean(befores)
+                known = [value for value in befores if value is not None]
+                before = fmean(known) if len(known) == len(befores) else None
                 lines.append([TITLES[role], "**mean**", *_compared(mean, before), ""])
         if more := sum(map(len, metrics.values())) - (LIMIT - left):
             lines.append([TITLES[role], f"*{more:,} more*", *[""] * 5])

@@ -3,7 +3,7 @@
 import copy
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def measure_base(suite: Suite, model: nn.Module, base: Callable[[], nn.Module]) 
     return suite.measure(base(), "base")
 
 
-def measure_tuned(suite: Suite, model: nn.Module, title: str, scales: list[float] = ()) -> list[dict]:
+def measure_tuned(suite: Suite, model: nn.Module, title: str, scales: Sequence[float] = ()) -> list[dict]:
     """Rows of a tuned model, and of its adapter at other scales (WiSE-FT), which have a field `wise`."""
     rows = suite.measure(model, title)
     for scale in scales:
@@ -61,7 +61,7 @@ def evaluate_adapter(
     templates: list[str] | None = None,
     retrieval: bool | None = None,
     head_label_map: dict[str, str] | None = None,
-    scales: list[float] = (),
+    scales: Sequence[float] = (),
     label_column: str = "label",
     class_names: str | os.PathLike | None = None,
     caption_column: str = "caption",

@@ -1,7 +1,7 @@
 """Features of vision backbones: the input of k-NN, and input and output of a classification head."""
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -28,7 +28,7 @@ def split_classifier(model: nn.Module) -> tuple[nn.Module, str | None, nn.Module
     Raises:
         ValueError: if it is not clear which part is the backbone or the head.
     """
-    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     backbone, classifies = whole.base_model, type(whole).__name__.endswith("ForImageClassification")
     if backbone is whole and classifies:  # as in SigLIP and CLIP
         backbone = getattr(whole, "vision_model", whole)
@@ -45,7 +45,8 @@ def split_classifier(model: nn.Module) -> tuple[nn.Module, str | None, nn.Module
             f"{', '.join(name for name, _ in whole.named_children())}). Use an AutoModelForImageClassification that "
             "has one head beside its backbone, such as Dinov2, ViT, SigLIP or CLIP."
         )
-    return backbone, *next(iter(beside.items()))
+    name, head = next(iter(beside.items()))
+    return backbone, name, head
 
 
 def head_names(id2label: dict | None) -> list[str] | None:
@@ -76,7 +77,8 @@ def backbone_features(
     """
     whole = model.get_base_model() if isinstance(model, PeftModel) else model
     backbone, _, head = split_classifier(model)
-    caught, widths = {}, []
+    caught: dict[str, Any] = {}
+    widths: list[int] = []
     hooks = [backbone.register_forward_hook(lambda module, args, output: caught.update(backbone=output))]
     if head is not None:
         hooks.append(head.register_forward_pre_hook(lambda module, args: caught.update(head_input=args[0])))

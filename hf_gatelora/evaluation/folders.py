@@ -104,9 +104,10 @@ def _splits_of_images(images: list[Path]) -> dict[str, dict[Path, Path]]:
     homes: dict[Path, str] = {}
     for folder in folders:
         # A folder that holds images directly is a class, even if it is called "train station".
-        at = next((i for i, part in enumerate(folder.parts[:-1]) if _split_of(part)), None)
-        if at is not None:
-            homes[Path(*folder.parts[: at + 1])] = _split_of(folder.parts[at])
+        known = [(i, split) for i, part in enumerate(folder.parts[:-1]) if (split := _split_of(part))]
+        if known:
+            at, split = known[0]
+            homes[Path(*folder.parts[: at + 1])] = split
     if not homes and all(folder.name.lower() in exact for folder in folders):  # SPLIT/FILE, without classes
         homes = {folder: exact[folder.name.lower()] for folder in folders}
     if not homes:

@@ -189,7 +189,7 @@ def eval_sets(
     sets = []
     for name, source in named.items():
         images, bank = load(source, class_names), None
-        if name in (banks or {}):
+        if banks and name in banks:
             if banks[name] == source:
                 raise ValueError(f"The bank of {name!r} is that set itself, {source}: give other images.")
             others = load(banks[name], images.class_names)

@@ -33,7 +33,7 @@ def map_images(
     Raises:
         ValueError: if there are no images.
     """
-    state, count = PartialState(), len(images)
+    state, count = PartialState(), len(images)  # type: ignore[arg-type]
     if not count:
         raise ValueError(f"{description}: there are no images.")
     # The last row is repeated until all parts have the same length.

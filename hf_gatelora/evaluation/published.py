@@ -39,9 +39,10 @@ def classifier_suite(
             if head is not None:
                 classes |= head_classes(data, id2label, (maps or {}).get(data.name))
             if data.bank is None and data.name not in classes:
+                first = ", ".join((data.class_names or [])[:3])
                 raise ValueError(
                     f"Retention set {data.name!r} cannot be measured: the published head does not have its classes "
-                    f"({', '.join(data.class_names[:3])}, ...), and there is no bank for k-NN. Give {data.name}=SOURCE "
+                    f"({first}, ...), and there is no bank for k-NN. Give {data.name}=SOURCE "
                     f"with labelled images as bank, or {data.name}=FILE as head label map."
                 )
     return ClassifierSuite(sets=sets, original_head=head, head_classes=classes, **settings)
@@ -61,7 +62,7 @@ def head_classes(data: EvalSet, id2label: dict[int, str], file: str | None) -> d
     Raises:
         ValueError: if the file does not give every class an output.
     """
-    names = data.class_names
+    names = data.class_names or []
     if file is None:
         labels = [plain_name(id2label[key]) for key in sorted(id2label, key=int)]
         counts = Counter(labels)

@@ -76,18 +76,17 @@ class EvalSet:
             _check_order(f"{what}: the classes of its bank and its own", bank.class_names, self.class_names)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images)  # type: ignore[arg-type]
 
     def sample(self, count: int) -> "EvalSet":
         """At most `count` of the images, always the same ones, and as many images of the bank."""
-        if len(self) <= count:
-            rows = range(len(self))
-        else:
+        rows = list(range(len(self)))
+        if len(rows) > count:
             rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count].sort().values.tolist()
         return replace(
             self,
             images=Subset(self.images, rows),
-            labels=None if self.labels is None else self.labels[list(rows)],
+            labels=None if self.labels is None else self.labels[rows],
             captions=None if self.captions is None else [self.captions[row] for row in rows],
             bank=None if self.bank is None else self.bank.sample(count),
         )

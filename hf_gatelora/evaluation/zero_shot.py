@@ -28,7 +28,7 @@ def image_features(
 
 
 @torch.no_grad()
-def text_features(model, tokens: dict[str, Tensor], batch_size: int = 256) -> Tensor:
+def text_features(model, tokens: Mapping[str, Tensor], batch_size: int = 256) -> Tensor:
     """L2-normalised text features, fp32 on the CPU, shape (n, d).
 
     Args:

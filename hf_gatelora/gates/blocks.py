@@ -1,14 +1,16 @@
 """What the gates stand for: how LoRA modules form blocks, blocks form towers, and what an open block costs."""
 
 import math
-import re
 
+import regex
 import torch
 from peft import PeftModel
 from torch import Tensor
 
 from ..config import GateConfig
 from . import lora_layers
+
+SECONDS = 1.0  # for one regex on one name: some patterns would take years
 
 
 def group_modules(model: PeftModel, modules: list[str], config: GateConfig) -> dict[str, list[str]]:
@@ -122,11 +124,18 @@ def gate_costs(
     return [float(cost[name]) for name in blocks]
 
 
+def _search(field: str, pattern: str, text: str) -> bool:
+    try:
+        return regex.search(pattern, text, timeout=SECONDS) is not None
+    except TimeoutError as error:
+        raise ValueError(f"{field}: the regex {pattern!r} takes too long on {text!r}. Write a simpler one.") from error
+
+
 def _partition(field: str, patterns: list[str], names: list[str], texts: list[list[str]], what: str) -> dict:
     """Indices of names by regex: a name belongs to the one regex that is found in all its texts."""
     found: dict[str, list[int]] = {pattern: [] for pattern in patterns}
     for i, name in enumerate(names):
-        matches = [pattern for pattern in patterns if all(re.search(pattern, text) for text in texts[i])]
+        matches = [pattern for pattern in patterns if all(_search(field, pattern, text) for text in texts[i])]
         if len(matches) != 1:
             how = f"by several regexes, {matches}" if matches else f"by none of the regexes {patterns}"
             raise ValueError(f"{field}: {what} {name!r} is matched {how}. Each must match exactly one.")

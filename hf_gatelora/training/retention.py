@@ -145,7 +145,7 @@ class RetentionCallback(TrainerCallback):
 
     def _publish(self, rows: list[dict], args, state, model: PeftModel) -> None:
         """Write rows to the results file, and hand them to the gates, whose saves carry them along."""
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and self.file:
             write_results(rows, Path(args.output_dir) / self.file)
         if hasattr(model, CONTROLLER):
             getattr(model, CONTROLLER).record(rows)
@@ -182,7 +182,7 @@ class RetentionCallback(TrainerCallback):
                 means[f"eval_{role}_delta"] = now - then
         if "eval_id" in means and "eval_retention_delta" in means:
             gained, kept = (metric_of(primary_rows(rows, role)[0]) for role in ("id", "retention"))
-            sign = {True: 1, False: -1}.get(kept.higher_is_better)
+            sign = {True: 1, False: -1, None: 0}[kept.higher_is_better]
             if sign and gained.higher_is_better and gained.unit == "%":
                 change = sign * means["eval_retention_delta"]
                 means["eval_id_kept"] = means["eval_id"] if change >= -self.max_loss else change
