@@ -15,6 +15,7 @@ from datasets import ClassLabel
 from models import FAMILIES, VISION, lora_config, outputs_of, randomize
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
     AutoProcessor,
     AutoTokenizer,
@@ -169,7 +170,7 @@ def test_merge_makes_room_for_the_adapters_head(world, gatelora, tmp_path):
 def test_merge_writes_the_whole_processor_and_the_class_names(adapters, world, gatelora, tmp_path):
     """Where the adapter's folder has the image processor alone, and where the base does not know the classes."""
     shutil.copytree(adapters / "stock", tmp_path / "clip")
-    shutil.copy(world / "model" / "preprocessor_config.json", tmp_path / "clip")
+    AutoImageProcessor.from_pretrained(world / "model").save_pretrained(tmp_path / "clip")
     assert gatelora("merge", tmp_path / "clip", tmp_path / "merged")[0] == 0
     found, expected = (AutoTokenizer.from_pretrained(f)("a red square") for f in (tmp_path / "merged", world / "model"))
     assert found["input_ids"] == expected["input_ids"]
