@@ -73,6 +73,9 @@ NAMES = [
     ("deepspeed.runtime.zero.partition_parameters", "ds_id", "ZeRO-3 partitions the parameter"),
     ("deepspeed.runtime.zero.partition_parameters", "ds_shape", "shape of the whole parameter"),
     ("deepspeed.runtime.zero.partition_parameters", "ds_tensor", "this process's part"),
+    # argparse
+    ("argparse", "_ExtendAction", "which options may be repeated"),
+    ("argparse", "_actions", "the options of a parser, by their names in a YAML file"),
     # evaluate
     ("evaluate", "Metric._build_data_dir", "no folder for metrics that keep nothing there"),
 ]

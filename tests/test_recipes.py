@@ -211,8 +211,8 @@ def test_bad_arguments(run, line, message):
     ("recipe", "model", "message"),
     [
         ("clip", "dinov2", "is a dinov2, not a CLIP"),
-        ("clip", "none", "none is no model that transformers can load"),
-        ("dinov2", "none", "none is no model that transformers can load"),
+        ("clip", "none", "none is not a model that transformers can load"),
+        ("dinov2", "none", "none is not a model that transformers can load"),
     ],
 )
 def test_bad_models(world, tmp_path, recipe, model, message):
@@ -276,7 +276,7 @@ def test_a_script_runs_alone(world, tmp_path, task):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--model", "no/such/model"], "no/such/model is no model that transformers can load: "),
+        (["--model", "no/such/model"], "no/such/model is not a model that transformers can load: "),
         (["--train", "missing.parquet"], "missing.parquet: no such file or folder."),
         (["--gate_tau", "x"], "error: argument --gate_tau"),
         (["--hub_tokn", "hf_secret"], "unknown argument --hub_tokn: "),

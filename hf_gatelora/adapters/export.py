@@ -52,7 +52,9 @@ def write_adapter(
             weights[key] = weights[key] * factor
 
     directory = Path(directory)
-    needed = lowest_transformers(model.config, [name for name, factor in factors.items() if factor])
+    needed = lowest_transformers(
+        getattr(model.get_base_model(), "config", None), [name for name, factor in factors.items() if factor]
+    )
     # One weight file may be of an earlier save in the other format, and a gate map is of an earlier state.
     stale = {SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, GATE_MAP}
 

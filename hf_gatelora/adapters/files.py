@@ -188,7 +188,7 @@ def without_patterns(config: dict, modules: list[str], directory: Path) -> dict:
 
 
 def _matches(pattern: str, name: str, deadline: float, where: str) -> bool:
-    try:  # as PEFT's get_pattern_key
+    try:  # as PEFT matches it
         left = max(deadline - time.monotonic(), 1e-3)
         return regex.match(rf"(.*\.)?({pattern})$", name, timeout=left) is not None
     except TimeoutError as error:

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,11 @@ from ..records import KNN_TOP1, ROLES, Metric, metric_of
 from .backbone import backbone_features, head_names
 from .classification import accuracy, check_labels
 from .knn import knn_logits
-from .metrics import LOGIT_METRICS, LogitMetric
 from .retrieval import recall_at
 from .zero_shot import ensemble_text_features, image_features, text_features
+
+if TYPE_CHECKING:
+    from .metrics import LogitMetric
 
 
 @dataclass
@@ -106,7 +109,7 @@ class Suite(ABC):
     sets: list[EvalSet]
     batch_size: int = 64
     num_workers: int = 0
-    logit_metrics: Sequence[LogitMetric] = LOGIT_METRICS
+    logit_metrics: "Sequence[LogitMetric] | None" = None
 
     @abstractmethod
     def metrics(self, model: nn.Module, data: EvalSet, title: str) -> dict[Metric | str, float]:
@@ -125,7 +128,10 @@ class Suite(ABC):
 
     def of_logits(self, logits: Tensor, labels: Tensor) -> dict[Metric, float]:
         """Measure logits of shape (n, classes) and class indices of shape (n,) by `logit_metrics`."""
-        return {m: value for metric in self.logit_metrics for m, value in metric.measure(logits, labels).items()}
+        from .metrics import LOGIT_METRICS  # late: it loads evaluate and datasets, which training alone does not need
+
+        metrics = LOGIT_METRICS if self.logit_metrics is None else self.logit_metrics
+        return {m: value for metric in metrics for m, value in metric.measure(logits, labels).items()}
 
     def measure(self, model: nn.Module, title: str = "") -> list[dict]:
         """Measure a model on every set. Collective; shows progress, under `title`.

@@ -269,13 +269,6 @@ class GatedLoraTrainer(HubTrainer):
                 f"The gates of this trainer are frozen already and cannot go back to {checkpoint}. Resume with a new "
                 "trainer, on a new model."
             )
-        lacking = missing_states(Path(checkpoint))
-        if lacking:
-            raise ValueError(
-                f"{checkpoint} holds no {' and no '.join(lacking)} state (was it saved with save_only_model?): the run "
-                "would go on otherwise than it was. To train on from its weights on purpose, load them with "
-                "PeftModel.from_pretrained(base_model, checkpoint, is_trainable=True) and start a new run."
-            )
         written, here = writer_of(Path(checkpoint)).title, self.engine.title
         if written != here:
             raise ValueError(
@@ -285,6 +278,13 @@ class GatedLoraTrainer(HubTrainer):
             )
         folder = adapter_folder(checkpoint, self.gates.adapter_name)
         saving.check_resumable(self.gates, folder)
+        lacking = missing_states(Path(checkpoint))
+        if lacking:
+            raise ValueError(
+                f"{checkpoint} holds no {' and no '.join(lacking)} state (was it saved with save_only_model?): the run "
+                "would go on otherwise than it was. To train on from its weights on purpose, load them with "
+                "PeftModel.from_pretrained(base_model, checkpoint, is_trainable=True) and start a new run."
+            )
         return folder
 
     def _save_checkpoint(self, model, trial):
