@@ -437,6 +437,19 @@ def test_bad_input(adapters, world, gatelora, tmp_path, line, message):
     assert "abcdefghij" not in out + err
 
 
+@pytest.mark.parametrize("command", ["fold", "wise", "combine", "merge"])
+def test_outputs_of_others_are_kept_without_force(adapters, gatelora, tmp_path, command):
+    other, sources = shutil.copytree(adapters / "headed", tmp_path / "other"), [adapters / "gated"]
+    before = {file.name: file.read_bytes() for file in other.iterdir()}
+    extra = {"fold": [], "merge": [], "wise": ["0.5"], "combine": [adapters / "stock"]}[command]
+    status, _, err = gatelora(command, *sources, *extra, other)
+    assert (status, "--force" in err, len(err.splitlines())) == (2, True, 1)
+    assert {file.name: file.read_bytes() for file in other.iterdir()} == before
+    for line in ([*extra, other, "--force"], [*extra, other]):  # its own output it writes again
+        assert gatelora(command, *sources, *line)[0] == 0
+    assert (other / "adapter_model.safetensors").is_file() == (command != "merge")
+
+
 def test_nothing_commands_the_terminal(adapters, gatelora, tmp_path):
     folder = shutil.copytree(adapters / "gated", tmp_path / "gated")
     text = (folder / "gates.json").read_text()

@@ -11,6 +11,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import __version__
+from ..adapters.files import PROCESSOR_FILES
 from ..records import CARD, EVAL_RESULTS, FRONTIER, GATE_MAP, RESULTS_FILE, STATE_FILE, SUMMARY_FILE, without_paths
 from .write import is_generated, write_card
 
@@ -20,9 +21,7 @@ logger = logging.getLogger(__name__)
 REPLACED = (RESULTS_FILE, EVAL_RESULTS, GATE_MAP, FRONTIER, STATE_FILE, SUMMARY_FILE)
 # All that a push uploads: what PEFT, this package, and a processor or tokenizer write.
 NAMES: tuple[str, ...] = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, CARD, *REPLACED)
-NAMES += ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tokenizer.json")
-NAMES += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt")
-NAMES += ("merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja")
+NAMES += (*PROCESSOR_FILES, "sentencepiece.bpe.model")
 WITH_PATHS = (CONFIG_NAME, SUMMARY_FILE, RESULTS_FILE, TRAINER_STATE_NAME)  # may name folders of this machine
 REASONS = {
     401: "it wants a valid token. Log in with `hf auth login`, or pass a token.",

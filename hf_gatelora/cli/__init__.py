@@ -212,7 +212,8 @@ def _base(command: argparse.ArgumentParser, when: str = "default: the one that t
 
 
 def _output(command: argparse.ArgumentParser) -> None:
-    command.add_argument("output", metavar="OUTPUT", help="folder to write")
+    command.add_argument("output", metavar="OUTPUT", help="folder to write; must be empty, or written by this command")
+    command.add_argument("--force", action="store_true", help="replace another adapter or model in OUTPUT")
 
 
 def _metadata(command: argparse.ArgumentParser) -> None:

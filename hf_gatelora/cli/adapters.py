@@ -12,7 +12,7 @@ def fold(arguments: Namespace) -> tuple[dict, str, int]:
     """Write a checkpoint as a stock adapter of its open blocks."""
     from ..adapters.export import fold_checkpoint
 
-    fold_checkpoint(inspect_adapter(arguments.checkpoint).folder, arguments.output)
+    fold_checkpoint(inspect_adapter(arguments.checkpoint).folder, arguments.output, force=arguments.force)
     return _written(arguments.output)
 
 
@@ -24,7 +24,7 @@ def merge(arguments: Namespace) -> tuple[dict, str, int]:
 
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     adapter = inspect_adapter(arguments.adapter)
-    model = merge_adapter(adapter, arguments.output, arguments.model, dtype)
+    model = merge_adapter(adapter, arguments.output, arguments.model, dtype, force=arguments.force)
     report = {"output": arguments.output, "class": type(model).__name__, "dtype": str(model.dtype).split(".")[1]}
     size = sum(file.stat().st_size for file in Path(arguments.output).iterdir() if file.is_file())
     report |= {"parameters": model.num_parameters(), "bytes": size}
@@ -38,7 +38,7 @@ def wise(arguments: Namespace) -> tuple[dict, str, int]:
 
     adapter = inspect_adapter(arguments.adapter)
     base = _base_of([adapter], arguments.model)
-    scale_adapter(adapter.folder, arguments.scale, arguments.output, base)
+    scale_adapter(adapter.folder, arguments.scale, arguments.output, base, force=arguments.force)
     return _written(arguments.output, scale=arguments.scale)
 
 
@@ -50,7 +50,7 @@ def combine(arguments: Namespace) -> tuple[dict, str, int]:
     adapters = [inspect_adapter(source) for source in sources]
     base = _base_of(adapters, arguments.model)
     folders: list[str | PathLike] = [adapter.folder for adapter in adapters]
-    combine_adapters(folders, list(weights), arguments.output, base)
+    combine_adapters(folders, list(weights), arguments.output, base, force=arguments.force)
     return _written(arguments.output, weights=[list(pair) for pair in zip(sources, weights, strict=True)])
 
 
