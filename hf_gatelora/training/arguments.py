@@ -195,8 +195,9 @@ def parse_arguments(classes: list[Any], argv: list[str]) -> tuple:
     parser.set_defaults(**DEFAULTS | defaults)
     *parsed, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if rest:  # without values: one of them may be a token
-        names = [word.partition("=")[0] for word in rest if word.startswith("-")] or rest
-        raise ValueError(f"unknown argument {', '.join(names)}: --help lists them all. A YAML file comes first.")
+        names = [word.partition("=")[0] for word in rest if word.startswith("-")]
+        listed = ", ".join(names) or f"of {len(rest)} words without a name"
+        raise ValueError(f"unknown argument {listed}: --help lists them all. A YAML file comes first.")
     for group in parsed:
         for name, value in lists.items():
             if hasattr(group, name) and getattr(group, name) is None:
