@@ -60,6 +60,10 @@ NAMES = [
     ("transformers.trainer", "current_gradient_accumulation_steps", "how a loss is scaled for accumulation"),
     ("transformers.trainer", "model_accepts_loss_kwargs", "how a loss is scaled for accumulation"),
     ("transformers.integrations", "unset_hf_deepspeed_config", "loads CLIP whole under ZeRO-3"),
+    ("transformers.integrations.integration_utils", "_SummaryWriter", "TensorBoard's writer, to show pictures"),
+    ("transformers.integrations.integration_utils", "_wandb", "W&B, to show pictures"),
+    ("transformers.integrations.integration_utils", "_trackio", "Trackio, to show pictures"),
+    ("transformers.integrations.integration_utils", "_initialized", "whether Trackio's run is open"),
     # accelerate
     ("accelerate.commands.env", "env_command", "what `accelerate env` reports, for doctor"),
     ("accelerate.commands.env", "env_command_parser", "its arguments"),

@@ -13,6 +13,8 @@ from ..gates.engines import engine_of
 from ..gates.freeze import explain_short_search
 from ..records import RUN_FILE, not_default, write_text
 from .controller import GateController
+from .engines import trainer_of
+from .pictures import report_gate_map
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +121,7 @@ class GateAnnealingCallback(TrainerCallback):
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
             if state.is_world_process_zero:
                 tqdm.write(f"step {state.global_step}: {describe_freeze(self.gates)}")
+                report_gate_map(trainer_of(state), self.gates)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._training = False

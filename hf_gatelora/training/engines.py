@@ -1,6 +1,8 @@
-"""What vision models with LoRA layers need of a Trainer under DeepSpeed and FSDP2."""
+"""What vision models with LoRA layers need of a Trainer under DeepSpeed and FSDP2, and the Trainer of a state."""
 
-from transformers import Trainer
+import gc
+
+from transformers import Trainer, TrainerState
 
 from ..gates.engines import check_launch, engine_for
 
@@ -23,3 +25,10 @@ class EngineTrainer(Trainer):
     def _prepare_for_training(self, *args, **kwargs):
         with self.engine.preparing(self.model):
             return super()._prepare_for_training(*args, **kwargs)
+
+
+def trainer_of(state: TrainerState) -> Trainer:
+    """The Trainer whose state this is: callbacks are not told, and it alone reaches all that report its log."""
+    # By type: isinstance would ask objects of other libraries for their class, of which some warn.
+    trainers = (found for found in gc.get_objects() if issubclass(type(found), Trainer))
+    return next(found for found in trainers if getattr(found, "state", None) is state)

@@ -32,6 +32,7 @@ from ..records import (
 )
 from .arguments import RecipeArguments
 from .controller import CONTROLLER
+from .pictures import report_picture
 from .trainer import GatedLoraTrainingArguments
 
 ADAPTER_FILE, MODEL_FILE = "adapter_model.safetensors", "model.safetensors"
@@ -153,7 +154,9 @@ class Report:
     def publish(self, trainer: Trainer) -> None:
         """Write the card of what a trainer saved, and push it if `push_to_hub` is on; a push that fails says so."""
         if self.writes:
-            write_card(str(trainer.args.output_dir))
+            write_card(folder := str(trainer.args.output_dir))
+            if self.wise:
+                report_picture(trainer, Path(folder) / FRONTIER)
         if trainer.args.push_to_hub:
             try:
                 trainer.push_to_hub()

@@ -1,13 +1,12 @@
 """`RetentionCallback`: ID, OOD and retention during training, as changes against the base model."""
 
-import gc
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import TrainerCallback
 
 from ..evaluation.suite import Suite, rows_of_base
 from ..records import (
@@ -22,12 +21,7 @@ from ..records import (
     write_results,
 )
 from .controller import CONTROLLER
-
-
-def _trainer_of(state: TrainerState) -> Trainer:
-    """The Trainer whose state this is: callbacks are not told, and it alone reaches all that report its log."""
-    # By type: isinstance would ask objects of other libraries for their class, of which some warn.
-    return next(found for found in gc.get_objects() if issubclass(type(found), Trainer) and found.state is state)
+from .engines import trainer_of
 
 
 def _of_set(row: dict) -> tuple:
@@ -115,7 +109,7 @@ class RetentionCallback(TrainerCallback):
             rows, entries, self._found = self._measure(model)
             if self.file:
                 self._publish(self._with_base(rows, args, state, model), args, state, model)
-            (self.log or _trainer_of(state).log)({**entries, **self._found})
+            (self.log or trainer_of(state).log)({**entries, **self._found})
         metrics.update(self._found)
 
     def _with_base(self, rows: list[dict], args, state, model: PeftModel) -> list[dict]:
