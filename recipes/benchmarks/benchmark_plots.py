@@ -5,6 +5,7 @@ import os
 from benchmark_cases import MODELS
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from hf_gatelora.card.plots import save
 
@@ -39,9 +40,10 @@ def step_time(rows: list[dict], path: str | os.PathLike) -> None:
         axis.axhline(value, color="grey", linewidth=0.8, linestyle="--")
         # Side by side, as some of them are close.
         place = (0.99 - 0.17 * (i % 2), value)
-        axis.annotate(name, place, xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="bottom")
+        axis.annotate(_spoken(name), place, xycoords=("axes fraction", "data"), fontsize=8, ha="right", va="bottom")
     axis.set_xlabel("open blocks (%)")
     axis.set_ylabel("time of a step / PEFT LoRA's")
+    axis.set_title("What a frozen step costs (band: quartiles)", fontsize=10)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, loc="lower right")
@@ -75,13 +77,28 @@ def growth(points: list[tuple[dict, dict]], own: dict, path: str | os.PathLike) 
             for method in methods:
                 measured = [(differing, rows[method, metric]) for differing, rows in line if (method, metric) in rows]
                 at = sorted((where(differing), scale * row["value"]) for differing, row in measured)
-                axis.plot(*zip(*at, strict=True), marker="o", markersize=4, linewidth=1.2, label=method)
+                axis.plot(*zip(*at, strict=True), marker="o", markersize=4, linewidth=1.2, label=_spoken(method))
             axis.set_xscale("log", base=2)
-            axis.set_yscale("log", base=2)
+            axis.set_yscale("log")
+            # The numbers that were measured, and decimals that can be read.
+            axis.set_xticks(sorted({where(differing) for differing, _ in line}), minor=False)
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            axis.yaxis.set_minor_locator(NullLocator())
             axis.xaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_major_formatter("{x:g}")
             axis.grid(alpha=0.3)
             axis.set_xlabel(labels[name])
     if names:
         grid[0][0].legend(fontsize=8)
+    figure.suptitle(f"Time and memory of a training step as {own['model']} grows", fontsize=10)
     save(figure, path)
+
+
+def _spoken(method: str) -> str:
+    """A method's name for people: `frozen@0.05 late` is "frozen, 5 % late blocks"."""
+    name, at, rest = method.partition("@")
+    if not at:
+        return {"lora": "LoRA"}.get(name, name)
+    fraction, place = rest.split()
+    return f"{name}, {100 * float(fraction):g} % {place} blocks"
