@@ -441,3 +441,13 @@ class Stop(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step == 4
+
+
+def test_the_code_says_which_transformers_has_these_layers(published):
+    """DINOv2's layers have their names since 5.18: before it, half of the adapter would load without a word."""
+    lines = {name: (published[name] / "README.md").read_text().splitlines() for name in ("dinov2", "clip")}
+    (imported,) = [line for line in lines["dinov2"] if line.startswith("from transformers import Dinov2")]
+    code, _, comment = imported.partition("  # ")
+    assert code == "from transformers import Dinov2ForImageClassification"
+    assert comment == "5.18.0 or later: the names of its layers"
+    assert "from transformers import CLIPModel" in lines["clip"]
