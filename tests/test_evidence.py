@@ -492,6 +492,17 @@ def test_a_random_head_is_not_a_base(trained, tmp_path):
     assert values[0] == values[1]
 
 
+def test_banks_are_checked_when_a_suite_is_made():
+    images = Images(8)
+    for bank, found in (
+        (EvalSet("retention", "bank", images, labels=images.labels), "8 images"),
+        (EvalSet("retention", "bank", images, captions=["a"] * 8), "no labels"),
+    ):
+        data = EvalSet("retention", "old", images, labels=images.labels, class_names=NAMES, bank=bank)
+        with pytest.raises(ValueError, match=f"'old' has {found}, and 20 labelled neighbours vote"):
+            ClassifierSuite(sets=[data])
+
+
 def test_what_is_not_measured_cannot_choose_a_model(tmp_path):
     sets = [data for data in watched().sets if data.role == "id"]
     callback = RetentionCallback(ClassifierSuite(sets=sets, k=3))

@@ -209,6 +209,15 @@ class ClassifierSuite(Suite):
     k: int = 20
     temperature: float = 0.07
 
+    def __post_init__(self):
+        for data in self.sets:
+            if data.bank is not None and (data.bank.labels is None or len(data.bank) < self.k):
+                found = "no labels" if data.bank.labels is None else f"{len(data.bank)} images"
+                raise ValueError(
+                    f"The bank of the {data.role} set {data.name!r} has {found}, and {self.k} labelled neighbours "
+                    "vote: give a larger bank with labels, or a smaller k."
+                )
+
     @property
     def way(self):
         return {"k": self.k, "temperature": self.temperature}
