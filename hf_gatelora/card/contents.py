@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ..adapters.files import read_config, read_rows, read_shapes, read_summary
+from ..adapters.files import module_names, read_config, read_rows, read_shapes, read_summary
 from ..config import GateConfig
 from ..evaluation.results import way_of
 from ..records import (
@@ -174,7 +174,7 @@ class AdapterCard:
     @property
     def lora_modules(self) -> int:
         """LoRA blocks in the file."""
-        return sum("lora_A" in name or "lora_embedding_A" in name for name in self.tensors)
+        return len(module_names(self.tensors))
 
     @property
     def frozen(self) -> bool:

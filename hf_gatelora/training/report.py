@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from ..adapters.files import module_names
 from ..card.plots import frontier
 from ..card.push import PushError
 from ..card.tables import markdown
@@ -73,7 +74,7 @@ def cost_rows(trainer: Trainer, timer: StepTimer, source: str) -> list[dict]:
     weights = load_file(file)
     rows = []
     if is_adapter:
-        blocks = sum(key.endswith("lora_A.weight") for key in weights)
+        blocks = len(module_names(weights))
         summary = gates.summary() if gates else {"open": blocks, "gates": blocks}
         rows.append({"metric": "open_blocks", "value": summary["open"], "of": summary["gates"], "n": 1})
     parameters = sum(tensor.numel() for tensor in weights.values())
